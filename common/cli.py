@@ -1,0 +1,60 @@
+"""What every command shares: one-line errors, files that appear whole, the cache folder, a run's config."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something the user can mend (a wrong task, file, flag or version). The message is one line: what is wrong, what to do."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run `main`; a `UserError` or a full or unwritable disk becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_fail(str(error)))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
+            raise
+        sys.exit(_fail(f"cannot write {error.filename}: {error.strerror}; free some space or choose another folder"))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is flushed to disk and renamed over `path`, else removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def cache_dir() -> Path:
+    """The folder for what can be rebuilt: `$RL_DATA_ENGINE_CACHE`, else `$XDG_CACHE_HOME/rl-data-engine`, else `~/.cache/rl-data-engine`."""
+    if explicit := os.environ.get("RL_DATA_ENGINE_CACHE"):
+        return Path(explicit).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rl-data-engine"
