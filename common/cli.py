@@ -54,7 +54,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def cache_dir() -> Path:
-    """The folder for what can be rebuilt: `$RL_DATA_ENGINE_CACHE`, else `$XDG_CACHE_HOME/rl-data-engine`, else `~/.cache/rl-data-engine`."""
+    """The folder for what can be rebuilt: `$RL_DATA_ENGINE_CACHE`, else `rl-data-engine` in `$XDG_CACHE_HOME` or `~/.cache`."""
     if explicit := os.environ.get("RL_DATA_ENGINE_CACHE"):
         return Path(explicit).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rl-data-engine"

@@ -6,7 +6,7 @@
                         and ours: success, pattern, strategy, init_state_index, final_state, ...
         actions             (T, 7)  f64  in [-1, 1], the gripper -1 (open) or 1 (close)
         states              (T, 1+nq+nv)  f64  time, qpos, qvel BEFORE action t
-        robot_states        (T, 9)  f64  gripper 2, end-effector position 3, quaternion 4 (xyzw)
+        robot_states        (T, 9)  f64  gripper 2, end-effector position 3, quaternion 4 (xyzw) AFTER action t
         rewards, dones      (T,)  u8  the last one 1
         obs/ee_pos, ee_ori, ee_states, gripper_states, joint_states, ee_quat    f64  AFTER action t (ee_quat is ours)
         obs/agentview_rgb, eye_in_hand_rgb    (T, H, W, 3)  u8  AFTER action t, bottom row first; optional
@@ -45,6 +45,7 @@ _LAYOUT: dict[str, tuple[tuple[int | None, ...], str]] = {
     **{f"obs/{name}": ((width,), "float64") for name, width in PROPRIO.items()},
 }
 _OPTIONAL = {"obs/ee_quat"}  # not in LIBERO's own files
+_DAMAGE = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)  # what h5py raises on damaged bytes
 _TAG = "libero-v1"
 _LIFELONG_DEMOS = 50  # what LIBERO's scripts/check_dataset_integrity.py asks for
 _JSON_KEYS = {
@@ -87,9 +88,6 @@ class Episode:
     proprio: dict[str, np.ndarray]
     """AFTER action t: ee_pos (T, 3), ee_ori (T, 3) axis-angle, ee_quat (T, 4) xyzw, gripper_states (T, 2) and
     joint_states (T, 7)"""
-    robot_states: np.ndarray
-    """(T, 9) gripper 2, ee_pos 3, ee_quat 4 BEFORE action t. What `read_episodes` returns is what the file holds:
-    LIBERO's create_dataset.py took this one AFTER action t, like obs."""
     images: dict[str, np.ndarray] = field(default_factory=dict)
     """agentview_rgb, eye_in_hand_rgb: (T, H, W, 3) uint8 AFTER action t, TOP row first (in files: bottom row first)"""
     success: bool = True
@@ -97,6 +95,11 @@ class Episode:
     """numbers, strings, number arrays: pattern (-1: unknown), strategy, init_state (official index, -1: none), ..."""
     final_state: np.ndarray | None = None
     """(1+nq+nv,) AFTER the last action: s_T of the diversity metrics, and what the last picture shows"""
+
+    @property
+    def robot_states(self) -> np.ndarray:
+        """(T, 9) gripper 2, ee_pos 3, ee_quat 4, AFTER action t: LIBERO's create_dataset.py takes it after the step."""
+        return np.concatenate([self.proprio["gripper_states"], self.proprio["ee_pos"], self.proprio["ee_quat"]], axis=1)
 
     @property
     def length(self) -> int:
@@ -120,12 +123,13 @@ def write_episodes(path: str | os.PathLike, episodes: Iterable[Episode], task, a
         with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
             data = file.create_group("data")
             count = total = 0
-            width, image_shapes = None, None
+            width, image_shapes = _state_width(task), None
             for count, episode in enumerate(episodes, start=1):
                 name = f"demo_{count - 1}"
                 arrays = _arrays_of(episode)
                 shapes = _image_shapes(arrays)
-                problems = [*_array_problems(arrays, width), *_final_state_problems(episode.final_state, arrays)]
+                problems = list(_array_problems(arrays, width, episode.success))
+                problems += _final_state_problems(episode.final_state, arrays)
                 if image_shapes not in (None, shapes):
                     problems.append(f"images {shapes}, but {image_shapes} in demo_0")
                 if problems:
@@ -227,6 +231,8 @@ def check_file(path: str | os.PathLike, task=None, strict: bool = False) -> list
             return list(_file_problems(file, task, strict))
     except UserError as error:
         return [str(error)]
+    except _DAMAGE as error:
+        return [_damaged(error)]
 
 
 def _opened(path: str | os.PathLike) -> h5py.File:
@@ -243,6 +249,16 @@ def _opened(path: str | os.PathLike) -> h5py.File:
         raise UserError(f"cannot be opened: {os.strerror(error.errno) if error.errno else error}") from None
 
 
+def _damaged(error: Exception) -> str:
+    return f"damaged, cannot be read ({' '.join(str(error).split())}); copy, download or write it again"
+
+
+def _state_width(task) -> int | None:
+    """1+nq+nv of the task's model; None if it has none."""
+    model = getattr(task, "model", None)
+    return None if model is None else 1 + model.nq + model.nv
+
+
 def _file_problems(file: h5py.File, task, strict: bool) -> Iterator[str]:
     data = file.get("data")
     names = _demo_names(data) if isinstance(data, h5py.Group) else []
@@ -252,21 +268,15 @@ def _file_problems(file: h5py.File, task, strict: bool) -> Iterator[str]:
     yield from _data_attr_problems(data, task)
     for name in sorted(set(data) - set(names)):
         yield f"data/{name}: does not belong here, only demo_<number> does"
-    model = getattr(task, "model", None)
-    width = None if model is None else 1 + model.nq + model.nv
+    width = _state_width(task)
     total, shapes, first = 0, None, None
     for name in names:
         try:
             arrays = _read_arrays(data[name])
-            problems = [*_array_problems(arrays, width), *_demo_attr_problems(data[name], arrays)]
-        except (
-            OSError,
-            RuntimeError,
-            KeyError,
-            AttributeError,
-            TypeError,
-        ) as error:  # what h5py raises on damaged bytes
-            yield f"{name}: damaged, cannot be read ({' '.join(str(error).split())})"
+            success = bool(data[name].attrs.get("success", True))
+            problems = [*_array_problems(arrays, width, success), *_demo_attr_problems(data[name], arrays)]
+        except _DAMAGE as error:
+            yield f"{name}: {_damaged(error)}"
             continue
         yield from (f"{name}/{problem}" for problem in problems)
         if arrays.get("actions") is not None:
@@ -325,7 +335,7 @@ def _final_state_problems(final_state: np.ndarray | None, arrays: Mapping[str, A
         yield "final_state: NaN or infinite"
 
 
-def _array_problems(arrays: Mapping[str, Any], width: int | None) -> Iterator[str]:
+def _array_problems(arrays: Mapping[str, Any], width: int | None, success: bool) -> Iterator[str]:
     """What is wrong with one episode's arrays (path below demo_<i> -> array, or HDF5 dataset for images).
 
     `width`: of a state, 1+nq+nv; None if any will do. Writer and checker share it: what is written passes.
@@ -361,7 +371,6 @@ def _array_problems(arrays: Mapping[str, Any], width: int | None) -> Iterator[st
             yield f"actions: {actions[outside][0]:g} at step {_first(outside)} is outside [-1, 1]"
         elif (between := np.abs(actions[:, 6]) != 1).any():
             yield f"actions: gripper {actions[between, 6][0]:g} at step {_first(between)} is neither -1 nor 1"
-    success = arrays.get("success", True)
     for key, last in (("rewards", success), ("dones", True)):
         if key in good and arrays[key][-1] != last:
             yield f"{key}: the last one is {arrays[key][-1]}, expected {int(last)}"
@@ -393,8 +402,8 @@ def read_episodes(path: str | os.PathLike, task=None, images: bool = False) -> l
         flip = _text(data.attrs["macros_image_convention"]) == "opengl"
         try:
             return [_read_episode(data[name], images, flip) for name in _demo_names(data)]
-        except OSError as error:
-            raise UserError(f"{path}: damaged, cannot be read ({error}); copy, download or write it again") from None
+        except _DAMAGE as error:
+            raise UserError(f"{path}: {_damaged(error)}") from None
 
 
 def read_attrs(path: str | os.PathLike) -> dict[str, Any]:
@@ -409,10 +418,10 @@ def read_attrs(path: str | os.PathLike) -> dict[str, Any]:
             attrs = {key: _python(value) for key, value in file["data"].attrs.items()}
             for key in _JSON_KEYS.keys() & attrs.keys():
                 attrs[key] = json.loads(attrs[key])
-    except ValueError:
-        raise UserError(f"{path}: data: attribute {key} is not the JSON it should be") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    except _DAMAGE as error:
+        raise UserError(f"{path}: {_damaged(error)}") from None
     if "bddl_file_name" in attrs:
         attrs["bddl_file_name"] = _basename(attrs["bddl_file_name"])
     return attrs
@@ -435,7 +444,6 @@ def _read_episode(demo: h5py.Group, images: bool, flip: bool) -> Episode:
         actions=demo["actions"][()],
         states=demo["states"][()],
         proprio=proprio,
-        robot_states=demo["robot_states"][()],
         images=pictures,
         success=success,
         attrs={**_DEFAULTS, **attrs},
@@ -444,12 +452,12 @@ def _read_episode(demo: h5py.Group, images: bool, flip: bool) -> Episode:
 
 
 def _read_arrays(demo: h5py.Group) -> dict[str, Any]:
-    """What `_array_problems` looks at: arrays by path, images left on disk; `success`: what the last reward must be."""
+    """Path below demo_<i> -> array; images stay on disk."""
     arrays: dict[str, Any] = {key: demo[key][()] for key in _LAYOUT if isinstance(demo.get(key), h5py.Dataset)}
     arrays = {key: array for key, array in arrays.items() if np.ndim(array)}
     obs = demo.get("obs")
     names = [name for name in obs if name.endswith("_rgb")] if isinstance(obs, h5py.Group) else []
-    return {**arrays, **{f"obs/{name}": obs[name] for name in names}, "success": bool(demo.attrs.get("success", True))}
+    return {**arrays, **{f"obs/{name}": obs[name] for name in names}}
 
 
 def _demo_names(data: h5py.Group) -> list[str]:
@@ -507,9 +515,7 @@ class Recorder:
 
     def before(self) -> None:
         """Call before `env.step`."""
-        proprio = self.env.proprioception()
-        robot_states = np.concatenate([proprio["gripper_states"], proprio["ee_pos"], proprio["ee_quat"]], axis=1)
-        self._steps.append({"states": np.array(self.env.get_state(), np.float64), "robot_states": robot_states})
+        self._steps.append({"states": np.array(self.env.get_state(), np.float64)})
 
     def after(self, actions: np.ndarray, terminated: np.ndarray, truncated: np.ndarray) -> list[tuple[int, Episode]]:
         """Call after `env.step` with its actions and flags; returns (environment, episode) for those that ended.
@@ -533,7 +539,6 @@ class Recorder:
                 actions=arrays["actions"],
                 states=arrays["states"],
                 proprio={name: arrays[name] for name in PROPRIO},
-                robot_states=arrays["robot_states"],
                 success=bool(terminated[i]),
                 final_state=final_states[i],
             )

@@ -14,22 +14,33 @@ policy without memory can imitate it: paths are flows in space (`funnel`), and a
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import heapq
+import json
+import logging
 import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import mujoco
 import numpy as np
+from gymnasium.vector import AutoresetMode
 from numpy.lib.stride_tricks import sliding_window_view
 
-from common.cli import UserError
-from common.env import predicate_holds
-from common.tasks import Predicate, Task
+from common.cli import UserError, atomic_path, cache_dir, run_command
+from common.data import Episode, Recorder, read_episodes, write_episodes
+from common.env import NO_OP, make_env, predicate_holds
+from common.tasks import Predicate, Task, load_task
 
 UP = np.array([0.0, 0.0, 1.0])
 OPEN, CLOSE = -1.0, 1.0
-SPEED = 0.9  # of the largest hand speed (0.3 m/s)
+SPEED, TURN_SPEED = 0.9, 0.5  # largest action without noise (full scale is 0.3 m/s)
+GAIN, TURN_GAIN = 1.3, 1.0  # of the remaining way, what is sent as the next displacement
 # The hand, in the frame of its grip site: x is the axis along which the fingers move, z points out of the palm (m).
-PAD_HALF_GAP, FINGER_OUTER, FINGER_HALF_WIDTH, PAD_REACH = 0.036, 0.066, 0.012, 0.006
-HAND_HALF_LENGTH, HAND_HALF_WIDTH, HAND_HEIGHT = 0.105, 0.034, 0.040
+PAD_HALF_GAP, FINGER_OUTER, FINGER_HALF_WIDTH, PAD_REACH = 0.036, 0.058, 0.010, 0.009
+HAND_HALF_LENGTH, HAND_HALF_WIDTH, HAND_HEIGHT = 0.104, 0.030, 0.040
 CELL = 0.004  # resolution of the height maps that grasps are searched in (m)
 
 
@@ -63,9 +74,15 @@ def hand_rotation(finger: np.ndarray, approach: np.ndarray) -> np.ndarray:
     return np.column_stack([finger, np.cross(approach, finger), approach])
 
 
-def yaw_rotation(angle: float, turn: np.ndarray = np.eye(3)) -> np.ndarray:
-    c, s = math.cos(angle), math.sin(angle)
-    return np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]]) @ turn
+def nearby_points(task: Task, data: mujoco.MjData, centre: np.ndarray, ignore: Sequence[int] = (), radius: float = 0.3):
+    """(n, 3) points of everything solid near `centre` but the robot, the table top or floor, and the root bodies `ignore`."""
+    model = task.model
+    robot = [model.body_rootid[model.site_bodyid[task.eef_site]], *ignore]
+    size = model.geom_aabb[:, 3:].max(1)
+    solid = (model.geom_contype | model.geom_conaffinity).astype(bool) & ~np.isin(model.body_rootid[model.geom_bodyid], robot)
+    solid &= (model.geom_type != mujoco.mjtGeom.mjGEOM_PLANE) & (size < 0.4)
+    solid &= np.linalg.norm(data.geom_xpos - centre, axis=1) < radius + size
+    return world_points(data, surface_points(model, np.flatnonzero(solid)))
 
 
 def rotation_vector(rot: np.ndarray) -> np.ndarray:
@@ -155,25 +172,24 @@ def funnel(offset: np.ndarray, axis: np.ndarray, length: float, width: float) ->
     along = offset @ axis
     across = offset - along * axis
     distance = math.sqrt(across @ across)
-    missing = length * ramp(distance, 0.0, width) - along
-    return missing * axis - across * (1.0 - ramp(missing, 0.02, 0.10))
+    missing = length * ramp(distance, 0.03, width) - along
+    return missing * axis - across * (1.0 - 0.8 * ramp(missing, 0.0, 0.12))
 
 
-def come_down(offset: np.ndarray, path: Path, height: float, width: float) -> np.ndarray:
-    """Displacement that leads to the goal from above, and to above the goal along `path`.
+def come_in(offset: np.ndarray, axis: np.ndarray, path: Detour, height: float, width: float) -> np.ndarray:
+    """Displacement that leads to the goal along `axis` over the last `height`, and to there along `path`.
 
-    Low and far from the goal, the flow rises before it goes sideways; the last `height` above the goal are vertical.
+    Before it is `height` out along the axis, the flow moves out rather than sideways.
     """
-    distance = math.sqrt(offset[0] * offset[0] + offset[1] * offset[1])
-    rise = height * ramp(distance, 0.008, width)
-    flow = funnel(offset - rise * UP, path.axis, path.length, path.width)
-    slow = 1.0 - ramp(rise - offset[2], 0.02, 0.06)
-    flow[:2] *= slow
-    return flow
+    across = offset - (offset @ axis) * axis
+    rise = height * ramp(math.sqrt(across @ across), 0.008, width)
+    flow = funnel(offset - rise * axis, path.axis, path.length, path.width)
+    outward = flow @ axis
+    return outward * axis + (flow - outward * axis) * (1.0 - ramp(rise - offset @ axis, 0.02, 0.06))
 
 
 @dataclasses.dataclass(frozen=True)
-class Path:
+class Detour:
     """The side from which the hand, or what it carries, arrives."""
 
     axis: np.ndarray
@@ -181,60 +197,108 @@ class Path:
     width: float
 
 
-PATHS = {
-    "left": Path(np.array([0.0, 0.9, 0.436]), 0.18, 0.10),  # the robot's left is +y
-    "right": Path(np.array([0.0, -0.9, 0.436]), 0.18, 0.10),
-    "over": Path(UP, 0.22, 0.12),
-    "direct": Path(UP, 0.02, 0.10),
+# Directions seen from the robot: x points away from it, y to its left.
+DIRECTIONS = {
+    "left": np.array([0.0, 1.0, 0.0]),
+    "right": np.array([0.0, -1.0, 0.0]),
+    "far": np.array([1.0, 0.0, 0.0]),
+    "near": np.array([-1.0, 0.0, 0.0]),
+    "over": UP,
 }
+
+
+PATHS = (*DIRECTIONS, "direct")
+
+
+def detour(name: str, out: np.ndarray) -> Detour:
+    """The path called `name` to a goal that the last centimetres approach from the direction `out`."""
+    if name == "direct":
+        return Detour(out, 0.02, 0.10)
+    side = DIRECTIONS[name]
+    across = side - (side @ out) * out
+    if across @ across < 0.3:
+        return Detour(out, 0.20, 0.12)
+    axis = 0.9 * across / math.sqrt(across @ across) + 0.436 * out
+    return Detour(axis, 0.14, 0.11)
 
 
 # ---------------------------------------------------------------------------------------------- skills
 
+class PlanError(Exception):
+    """No way was found to do a task with a strategy from a state."""
+
+
+SIDES = {name: side for name, side in DIRECTIONS.items() if name != "over"}
+SIDES |= {f"{x} {y}": (SIDES[x] + SIDES[y]) / math.sqrt(2.0) for x in ("far", "near") for y in ("left", "right")}
+
+
+def top_grasps(task: Task, data: mujoco.MjData, obj) -> dict[str, Grasp]:
+    """Ways to take an object from above: by the rim on one of its sides, or across its middle, by name.
+
+    A way that keeps clear of everything is preferred; failing that, one that pushes other movable objects aside.
+    """
+    points = world_points(data, surface_points(task.model, obj.geoms))
+    bottom, centre = points[:, 2].min(), 0.5 * (points.min(0) + points.max(0))
+    reach = 0.5 * (points.max(0) - points.min(0))[:2].min()
+    others = [o.body for o in task.objects.values() if not o.fixture and o is not obj]
+    scenes = [nearby_points(task, data, data.xpos[obj.body], ignore) for ignore in ((), others)]
+    found = {}
+    for angle in (0, 90, 45, 135):
+        finger = np.array([math.cos(math.radians(angle)), math.sin(math.radians(angle)), 0.0])
+        home = finger if angle > 0 else -finger  # of the two ways to hold, the one that turns the wrist by 90 degrees or less
+        for scene in scenes:
+            grasps = find_grasps(points, scene, hand_rotation(home, -UP), 0.022, bottom + 0.002)
+            sides = [(n, s) for n, s in SIDES.items() if abs(s @ finger) > 0.99]
+            for name, side in [*sides, (f"across {angle}", np.zeros(3))]:
+                ranked = []
+                for g in grasps:
+                    offset = (g.position - centre)[:2]
+                    along, across = float(offset @ finger[:2]), float(offset @ (finger[1], -finger[0]))
+                    rim = along * float(side @ finger) > 0.6 * reach if side.any() else abs(along) < 0.012
+                    if rim and abs(across) < 0.02 and not (side.any() and g.width > 0.03):
+                        ranked.append((abs(across) + 0.2 * g.width, len(ranked), g))
+                if ranked and name not in found:
+                    found[name] = min(ranked)[2]
+    return found
+
 
 class PickPlace:
-    """Take a free object and bring it to where a predicate wants it."""
+    """Take a free object and bring it to where a predicate (on, in) wants it."""
 
-    def __init__(self, task: Task, predicate: Predicate, side: str, path: str):
+    def __init__(self, task: Task, predicate: Predicate, factors: dict[str, str]):
         self.task, self.predicate = task, predicate
         self.object = next(o for o in task.objects.values() if o.body == predicate.body)
-        self.side, self.path = side, PATHS[path]
-        self.grasp = None
+        self.side, self.path = factors["grasp"], detour(factors["path"], UP)
+        self.grasp: Grasp | None = None
+
+    @staticmethod
+    def repertoire(task: Task, predicate: Predicate, data: mujoco.MjData) -> list[dict[str, str]]:
+        """All combinations of choices that can be planned from a state."""
+        obj = next(o for o in task.objects.values() if o.body == predicate.body)
+        found = list(top_grasps(task, data, obj))
+        grasps = [n for n in (*SIDES, *found) if n in found]
+        grasps = list(dict.fromkeys(grasps))[:4]
+        return [{"grasp": grasp, "path": path} for path in PATHS for grasp in grasps]
 
     def plan(self, data: mujoco.MjData) -> None:
-        task, model = self.task, self.task.model
-        points = world_points(data, surface_points(model, self.object.geoms))
-        origin = data.xpos[self.object.body]
-        side = np.array(SIDES[self.side])
-        hand = data.site_xmat[task.eef_site].reshape(3, 3)
-        finger = side if side @ hand[:, 0] > -0.1 else -side
-        grasps = find_grasps(points, nearby_points(task, data, origin), hand_rotation(finger, -UP), 0.022, points[:, 2].min() + 0.002)
-        across = np.cross(UP, side)
-        centre = 0.5 * (points.min(0) + points.max(0))
-
-        def cost(g):
-            r = g.position - centre
-            return abs(r @ across) + 0.2 * g.width + (0.5 if r @ side < 0.015 else 0.0)
-
-        if not grasps:
-            raise PlanError(f"no grasp of {self.object.name} from {self.side}")
-        self.grasp = min(grasps, key=cost)
-        turn = data.xmat[self.object.body].reshape(3, 3)
+        grasps = top_grasps(self.task, data, self.object)
+        if self.side not in grasps:
+            raise PlanError(f"no grasp {self.side!r} of {self.object.name}")
+        self.grasp = grasps[self.side]
+        origin, turn = data.xpos[self.object.body], data.xmat[self.object.body].reshape(3, 3)
         self.offset = turn.T @ (self.grasp.position - origin)  # in the object's frame
+        points = world_points(data, surface_points(self.task.model, self.object.geoms))
         self.bottom = points[:, 2].min() - origin[2]
 
     def target(self, data: mujoco.MjData) -> np.ndarray:
         """Where the object's origin has to go."""
         p = self.predicate
-        if p.kind == "ontop":
-            place = data.xpos[p.target_body].copy()
-            place[2] += 0.005 - self.bottom
-            return place
-        place = data.site_xpos[p.site].copy()
-        place[2] += -self.bottom
+        place = (data.xpos[p.target_body] if p.kind == "ontop" else data.site_xpos[p.site]).copy()
+        place[2] -= self.bottom - (0.005 if p.kind == "ontop" else 0.0)
         return place
 
     def __call__(self, data: mujoco.MjData, hand: np.ndarray, opening: float):
+        """(displacement of the hand (3,) m, its rotation (3, 3), gripper) for the state; `opening` is the fingers' (m)."""
         if self.grasp is None:
             self.plan(data)
         body = self.object.body
@@ -242,56 +306,477 @@ class PickPlace:
         grip = hand - origin - data.xmat[body].reshape(3, 3) @ self.offset  # grip site minus grasp
         miss = math.sqrt(grip @ grip)
         place = origin - self.target(data)
-        placed = place[0] * place[0] + place[1] * place[1] < 0.012**2 and place[2] < 0.012
-        if placed:
-            return (UP * 0.05 if opening > self.grasp.width + 0.02 else np.zeros(3)), self.grasp.rotation, OPEN
+        if place[0] * place[0] + place[1] * place[1] < 0.012**2 and place[2] < 0.012:  # placed: let go, and rise
+            return (0.05 * UP if opening > self.grasp.width + 0.02 else 0.0 * UP), self.grasp.rotation, OPEN
         near = miss < 0.012 or (miss < 0.03 and opening < 0.070)
-        if near and opening < self.grasp.width + 0.006:  # the fingers have stopped on the object
-            return come_down(place, self.path, 0.10, 0.05), self.grasp.rotation, CLOSE
+        if near and opening < self.grasp.width + 0.006:  # the fingers have stopped on the object: carry it
+            return come_in(place, UP, self.path, 0.10, 0.05), self.grasp.rotation, CLOSE
         if near:
             return -grip, self.grasp.rotation, CLOSE
-        return come_down(grip, self.path, 0.08, 0.04), self.grasp.rotation, OPEN
+        return come_in(grip, UP, self.path, 0.08, 0.04), self.grasp.rotation, OPEN
 
 
-SIDES = {"front": (1.0, 0.0, 0.0), "back": (-1.0, 0.0, 0.0), "left": (0.0, 1.0, 0.0), "right": (0.0, -1.0, 0.0)}
+@dataclasses.dataclass
+class Contact:
+    """How the hand acts on a drawer, door or knob: a pose of the grip site in the world when planned, and what it does there."""
+
+    position: np.ndarray  # (3,)
+    rotation: np.ndarray  # (3, 3)
+    out: np.ndarray  # (3,) direction from which the hand comes
+    width: float | None  # of what the fingers close on (m); None: push with closed fingers
 
 
-class PlanError(Exception):
-    """No way was found to do a task with a strategy from a state."""
+def joint_motion(model: mujoco.MjModel, data: mujoco.MjData, joint: int, point: np.ndarray) -> np.ndarray:
+    """(3,) velocity of a point of the joint's body per unit of joint velocity."""
+    if model.jnt_type[joint] == mujoco.mjtJoint.mjJNT_SLIDE:
+        return data.xaxis[joint].copy()
+    return np.cross(data.xaxis[joint], point - data.xanchor[joint])
 
 
-def nearby_points(task: Task, data: mujoco.MjData, centre: np.ndarray, radius: float = 0.3) -> np.ndarray:
-    """Points of everything solid near `centre` but the robot."""
+def contacts(task: Task, data: mujoco.MjData, joint: int, sign: float) -> dict[str, Contact]:
+    """Ways to move a joint in the direction of `sign`, by name."""
     model = task.model
-    robot = model.body_rootid[model.site_bodyid[task.eef_site]]
-    solid = (model.geom_contype | model.geom_conaffinity).astype(bool) & (model.body_rootid[model.geom_bodyid] != robot)
-    size = model.geom_aabb[:, 3:].max(1)
-    solid &= (model.geom_type != mujoco.mjtGeom.mjGEOM_PLANE) & (size < 0.4)
-    solid &= np.linalg.norm(data.geom_xpos - centre, axis=1) < radius + size
-    return world_points(data, surface_points(model, np.flatnonzero(solid)))
+    link = model.jnt_bodyid[joint]
+    solid = (model.geom_contype | model.geom_conaffinity).astype(bool)
+    points = world_points(data, surface_points(model, np.flatnonzero((model.geom_bodyid == link) & solid)))
+    scene = nearby_points(task, data, points.mean(0))
+    if model.jnt_type[joint] == mujoco.mjtJoint.mjJNT_SLIDE:
+        front = data.xaxis[joint] * np.sign(model.jnt_range[joint].sum())
+        if sign * float(front @ data.xaxis[joint]) > 0:
+            return drawer_grasps(points, scene, front)
+        return drawer_pushes(points, front)
+    return knob_turns(points, scene, data.xanchor[joint], sign)
+
+
+def drawer_grasps(points: np.ndarray, scene: np.ndarray, front: np.ndarray) -> dict[str, Contact]:
+    """Take the handle between a finger above and one below, near one of its ends, the hand turned a little to one side."""
+    handle = points[points @ front > (points @ front).max() - 0.018]
+    bar = np.cross(front, UP)  # to the left as one looks out of the drawer
+    middle = 0.5 * (handle.min(0) + handle.max(0))
+    found = {}
+    for hand, turn in (("left", 25.0), ("right", -25.0), ("straight", 0.0)):
+        yaw, tilt = math.radians(turn), math.radians(75.0)
+        inward = -front * math.cos(yaw) - bar * math.sin(yaw)
+        approach = inward * math.sin(tilt) - UP * math.cos(tilt)
+        for flip in (1.0, -1.0):
+            finger = flip * np.cross(approach, np.cross(approach, UP))
+            grasps = find_grasps(handle, scene, hand_rotation(finger, approach), 0.016, -np.inf)
+            for end, place in (("left", 0.025), ("right", -0.025), ("middle", 0.0)):
+                near = [(abs((g.position - middle) @ bar - place), k, g) for k, g in enumerate(grasps)]
+                if near and min(near)[0] < 0.012:
+                    g = min(near)[2]
+                    name = f"{end} from the {hand}" + (" flipped" if flip < 0 else "")
+                    found[name] = Contact(g.position, g.rotation, -approach, g.width)
+    return found
+
+
+def drawer_pushes(points: np.ndarray, front: np.ndarray) -> dict[str, Contact]:
+    """Push the front of a drawer with closed fingers."""
+    bar = np.cross(front, UP)
+    face = (points @ front).max()
+    handle = points[points @ front > face - 0.018]
+    middle = 0.5 * (handle.min(0) + handle.max(0))
+    found = {}
+    for tilt in (30.0, 60.0):
+        approach = -front * math.sin(math.radians(tilt)) - UP * math.cos(math.radians(tilt))
+        for end, place in (("left", 0.03), ("right", -0.03), ("middle", 0.0)):
+            for grip, finger, thickness in (("wide", bar, 0.014), ("narrow", np.cross(bar, approach), 0.024)):
+                position = middle + bar * place + front * (face + thickness - middle @ front)
+                found[f"{end} tilted {tilt:.0f} {grip}"] = Contact(position, hand_rotation(finger, approach), -approach, None)
+    return found
+
+
+def knob_turns(points: np.ndarray, scene: np.ndarray, anchor: np.ndarray, sign: float) -> dict[str, Contact]:
+    """Twist a knob between the fingers, or push one end of its ridge with closed fingers."""
+    found = {}
+    top = points[:, 2].max()
+    ridge = points[points[:, 2] > top - 0.008]
+    flat = ridge[:, :2] - ridge[:, :2].mean(0)
+    along = np.append(np.linalg.svd(flat, full_matrices=False)[2][0], 0.0)
+    along = along * (1.0 if along[np.argmax(np.abs(along))] > 0 else -1.0)
+    for name, finger in (("twist", np.cross(UP, along)), ("twist flipped", np.cross(along, UP))):
+        grasps = find_grasps(points, scene, hand_rotation(finger, -UP), 0.02, points[:, 2].min())
+        near = [(float(np.linalg.norm((g.position - anchor)[:2])), k, g) for k, g in enumerate(grasps)]
+        if near and min(near)[0] < 0.015:
+            g = min(near)[2]
+            found[name] = Contact(g.position, g.rotation, UP, g.width)
+    fin = points[points[:, 2] > points[:, 2].min() + 0.4 * (top - points[:, 2].min())]  # what stands out of the dial
+    for end, e in (("far", along), ("near", -along)):
+        lever = ((fin - anchor) @ e).max() - 0.016
+        motion = sign * np.cross(UP, e)
+        beside = fin[np.abs((fin - anchor) @ e - lever) < 0.010]
+        position = anchor + e * lever - motion * (((beside - anchor) @ -motion).max() + 0.012)
+        position[2] = 0.5 * (fin[:, 2].min() + beside[:, 2].max()) + PAD_REACH
+        for name, finger in (("", along), (" flipped", -along)):
+            found[f"push {end} end{name}"] = Contact(position, hand_rotation(finger, -UP), UP, None)
+    return found
+
+
+class Articulate:
+    """Move a drawer, door or knob along its joint until a predicate (open, close, turnon, turnoff) holds."""
+
+    def __init__(self, task: Task, predicate: Predicate, factors: dict[str, str]):
+        self.task, self.predicate, self.factors = task, predicate, factors
+        address = predicate.qpos[0]
+        self.joint = int(np.flatnonzero(task.model.jnt_qposadr == address)[0])
+        self.slide = task.model.jnt_type[self.joint] == mujoco.mjtJoint.mjJNT_SLIDE
+        self.contact: Contact | None = None
+
+    @staticmethod
+    def repertoire(task: Task, predicate: Predicate, data: mujoco.MjData) -> list[dict[str, str]]:
+        """All combinations of choices that can be planned from a state."""
+        joint = int(np.flatnonzero(task.model.jnt_qposadr == predicate.qpos[0])[0])
+        return [{"contact": name, "path": path} for path in PATHS for name in contacts(task, data, joint, predicate.sign)]
+
+    def plan(self, data: mujoco.MjData) -> None:
+        found = contacts(self.task, data, self.joint, self.predicate.sign)
+        if self.factors["contact"] not in found:
+            raise PlanError(f"no contact {self.factors['contact']!r} with {self.predicate.args[0]}")
+        c = self.contact = found[self.factors["contact"]]
+        self.start = float(data.qpos[self.predicate.qpos[0]])
+        self.path = detour(self.factors["path"], c.out)
+
+    def __call__(self, data: mujoco.MjData, hand: np.ndarray, opening: float):
+        if self.contact is None:
+            self.plan(data)
+        c = self.contact
+        moved = float(data.qpos[self.predicate.qpos[0]]) - self.start
+        axis, anchor = data.xaxis[self.joint], data.xanchor[self.joint]
+        if self.slide:
+            position, rotation = c.position + moved * axis, c.rotation
+            motion = self.predicate.sign * axis
+        else:
+            turn = axis_rotation(axis, moved)
+            position, rotation = anchor + turn @ (c.position - anchor), turn @ c.rotation
+            motion = self.predicate.sign * np.cross(axis, position - anchor)
+        offset = hand - position
+        if c.width is None:  # push
+            speed = math.sqrt(motion @ motion)
+            direction = motion / speed
+            along = offset @ direction
+            across = offset - along * direction
+            slack = math.sqrt(across @ across)
+            if slack < 0.02 and along > -0.03:
+                return 0.06 * (1.0 - ramp(slack, 0.006, 0.016)) * direction - across, c.rotation, CLOSE
+            return come_in(offset + 0.01 * direction, c.out, self.path, 0.08, 0.04), c.rotation, CLOSE
+        miss = math.sqrt(offset @ offset)
+        near = miss < 0.012 or (miss < 0.03 and opening < 0.070)
+        if near and opening < c.width + 0.006:
+            if self.slide:
+                return 0.06 * motion - (offset - (offset @ motion) * motion), rotation, CLOSE
+            return -offset, axis_rotation(axis, self.predicate.sign * 0.4) @ rotation, CLOSE
+        if near:
+            return -offset, rotation, CLOSE
+        return come_in(offset, c.out, self.path, 0.08, 0.04), rotation, OPEN
+
+
+def axis_rotation(axis: np.ndarray, angle: float) -> np.ndarray:
+    """Rotation matrix of a turn about a unit axis."""
+    turn, quat = np.empty(9), np.empty(4)
+    mujoco.mju_axisAngle2Quat(quat, axis, angle)
+    mujoco.mju_quat2Mat(turn, quat)
+    return turn.reshape(3, 3)
+
+
+SKILLS = {
+    "on": PickPlace,
+    "in": PickPlace,
+    "open": Articulate,
+    "close": Articulate,
+    "turnon": Articulate,
+    "turnoff": Articulate,
+}
+
+
+# ---------------------------------------------------------------------------------------------- strategies
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """One way of doing a task: its name, and the choices it is made of."""
+
+    name: str
+    factors: dict[str, str]
+
+
+MAX_STRATEGIES = 8
+REHEARSALS = 4  # training states on which every candidate must succeed
+_strategies: dict[tuple[str, str], list[Strategy]] = {}
+
+
+def strategies(task: Task) -> list[Strategy]:
+    """The repertoire of a task: up to 8 ways that work and differ visibly. Found once, then kept in the user's cache folder.
+
+    Every combination of choices that can be planned is rehearsed on a few training states. Of those that always succeed,
+    the ones whose paths lie farthest apart are kept. Raises UserError if nothing works.
+    """
+    key = (task.id, task.assets)
+    if key not in _strategies:
+        path = _cache_file(task, "strategies", "json")
+        try:
+            rows = json.loads(path.read_text())
+        except (OSError, ValueError):
+            rows = _rehearse(task)
+            with atomic_path(path) as temporary:
+                temporary.write_text(json.dumps(rows, indent=1))
+        _strategies[key] = [Strategy(", ".join(f"{k} {v}" for k, v in factors.items()), factors) for factors in rows]
+    return _strategies[key]
+
+
+def _cache_file(task: Task, kind: str, suffix: str, *details) -> Path:
+    """Where something about a task is kept: the key covers the task, MuJoCo's version, the assets, this file and `details`."""
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    key = hashlib.sha256(repr((mujoco.__version__, task.assets, source, details)).encode()).hexdigest()[:12]
+    return cache_dir() / "demos" / f"{task.suite}-{task.index:02d}-{kind}-{key}.{suffix}"
+
+
+def _rehearse(task: Task) -> list[dict[str, str]]:
+    """The factors of the strategies that `strategies` describes."""
+    if unknown := [p.name for p in task.goal if p.name not in SKILLS]:
+        raise UserError(f"{task.id}: the scripted demonstrator has no skill for the goal {unknown[0]!r}")
+    env = make_env(task, 1)
+    env.reset(seed=0)
+    main = next((p for p in task.goal if SKILLS[p.name] is PickPlace), task.goal[0])
+    candidates = [Strategy("", f) for f in SKILLS[main.name].repertoire(task, main, env.data[0])]
+    env.close()
+    queue = [(c, k) for k in range(REHEARSALS) for c in range(len(candidates))]
+    paths: dict[int, list[np.ndarray]] = {c: [] for c in range(len(candidates))}
+    failed = set()
+
+    def next_attempt():
+        while queue:
+            c, k = queue.pop(0)
+            if c not in failed:
+                return Attempt((c, k), candidates[c], [k, 1], None)
+        return None
+
+    for (c, k), episode in perform(task, next_attempt, 0.1, 16, max_steps=250 if len(task.goal) == 1 else task.max_steps):
+        if not episode.success:
+            failed.add(c)
+            continue
+        steps = np.linspace(0, episode.length - 1, 32).astype(int)
+        turn = np.array([_matrix(q)[:, :2].ravel() for q in episode.proprio["ee_quat"][steps]])
+        paths[c].append((k, np.concatenate([episode.proprio["ee_pos"][steps], 0.05 * turn], axis=1)))
+    good = [c for c in paths if c not in failed]
+    if not good:
+        raise UserError(f"{task.id}: the scripted demonstrator finds no way that works")
+    features = np.array([np.concatenate([f.ravel() for _, f in sorted(paths[c], key=lambda row: row[0])]) for c in good])
+    distance = np.linalg.norm(features[:, None] - features[None], axis=-1)
+    chosen = list(np.unravel_index(distance.argmax(), distance.shape))[: len(good)]
+    while len(chosen) < min(MAX_STRATEGIES, len(good)):
+        chosen.append(int(distance[:, chosen].min(1).argmax()))
+    return [candidates[good[c]].factors for c in sorted({int(c) for c in chosen})]
+
+
+def _matrix(quat_xyzw: np.ndarray) -> np.ndarray:
+    matrix = np.empty(9)
+    mujoco.mju_quat2Mat(matrix, quat_xyzw[[3, 0, 1, 2]])
+    return matrix.reshape(3, 3)
 
 
 class Demonstrator:
-    def __init__(self, task: Task, strategy, noise: float, rng):
-        self.task, self.strategy, self.noise, self.rng = task, strategy, noise, rng
-        self.skills = [PickPlace(task, p, strategy[0], strategy[1]) for p in task.goal]
-        self.done = self.failed = False
+    """Does a task with one strategy, a control step at a time.
+
+    Args:
+        noise: standard deviation of the Gaussian noise on the first six numbers of each action.
+        rng: numpy generator of the noise.
+    """
+
+    def __init__(self, task: Task, strategy: Strategy, noise: float = 0.1, rng: np.random.Generator | None = None):
+        self.task, self.strategy, self.noise = task, strategy, noise
+        self.rng = rng or np.random.default_rng()
+        self.skills = [SKILLS[p.name](task, p, strategy.factors) for p in task.goal]
+        self.failed = False  # set when no plan was found
+        self.fingers = task.gripper_qpos
+
+    def done(self, data: mujoco.MjData) -> bool:
+        return all(predicate_holds(p, data, self.task.model) for p in self.task.goal)
 
     def act(self, data: mujoco.MjData) -> np.ndarray:
-        task = self.task
-        hand = data.site_xpos[task.eef_site]
-        rot = data.site_xmat[task.eef_site].reshape(3, 3)
-        q = data.qpos
-        opening = q[task.gripper_qpos[0]] - q[task.gripper_qpos[1]]
-        flow, turn, grip = self.skills[0](data, hand, opening)
-        action = np.empty(7)
-        flow = flow * (1.3 / 0.05)
-        speed = math.sqrt(flow @ flow)
-        action[:3] = flow if speed < SPEED else flow * (SPEED / speed)
-        twist = rotation_vector(turn @ rot.T) * 2.0
-        speed = math.sqrt(twist @ twist)
-        action[3:6] = twist if speed < 0.5 else twist * (0.5 / speed)
-        action[:6] += self.noise * self.rng.standard_normal(6)
+        """(7,) action in [-1, 1] for the state in `data`, whose poses are up to date; the gripper is -1 or 1."""
+        hand = data.site_xpos[self.task.eef_site]
+        rot = data.site_xmat[self.task.eef_site].reshape(3, 3)
+        qpos = data.qpos
+        try:
+            flow, turn, gripper = self.skills[0](data, hand, float(qpos[self.fingers[0]] - qpos[self.fingers[1]]))
+        except PlanError:
+            self.failed = True
+            return NO_OP.copy()
+        action = self.noise * self.rng.standard_normal(7)
+        flow *= GAIN / 0.05
+        action[:3] += flow * (SPEED / max(SPEED, np.abs(flow).max()))
+        twist = rotation_vector(turn @ rot.T) * (TURN_GAIN / 0.5)
+        action[3:6] += twist * (TURN_SPEED / max(TURN_SPEED, np.abs(twist).max()))
         np.clip(action, -1.0, 1.0, out=action)
-        action[6] = grip
+        action[6] = gripper
         return action
+
+
+# ---------------------------------------------------------------------------------------------- collecting
+
+
+@dataclasses.dataclass
+class Attempt:
+    """One try: who asked for it, with which strategy, its random seed, and its official init state (None: a training state)."""
+
+    key: Any
+    strategy: Strategy
+    seed: list[int]
+    init_state: int | None
+
+
+def perform(
+    task: Task, next_attempt: Callable[[], Attempt | None], noise: float, num_envs: int, max_steps: int | None = None
+) -> Iterator[tuple[Any, Episode]]:
+    """Make the attempts that `next_attempt` hands out (None: no more for now), `num_envs` at a time; yields (key, episode).
+
+    An attempt ends at success, after `max_steps` (default: the task's), or when its demonstrator gives up.
+    """
+    env = make_env(task, num_envs, autoreset_mode=AutoresetMode.DISABLED, max_steps=max_steps)
+    recorder = Recorder(env)
+    running: dict[int, tuple[Attempt, Demonstrator]] = {}
+
+    def launch() -> None:
+        for i in range(num_envs):
+            if i not in running and (attempt := next_attempt()) is not None:
+                rng = np.random.default_rng(attempt.seed)
+                options = {"reset_mask": np.arange(num_envs) == i}
+                if attempt.init_state is not None:
+                    options["init_state"] = attempt.init_state
+                env.reset(seed=int(rng.integers(2**31)), options=options)
+                running[i] = attempt, Demonstrator(task, attempt.strategy, noise, rng)
+
+    launch()
+    while running:
+        actions = np.tile(NO_OP, (num_envs, 1))
+        for i, (_, demonstrator) in running.items():
+            actions[i] = demonstrator.act(env.data[i])
+        recorder.before()
+        _, _, terminated, truncated, _ = env.step(actions)
+        for i in range(num_envs):  # what idle environments record is cut off and dropped
+            truncated[i] |= i not in running or running[i][1].failed
+        for i, episode in recorder.after(actions, terminated & [i in running for i in range(num_envs)], truncated):
+            if i in running:
+                yield running.pop(i)[0].key, episode
+        launch()
+    env.close()
+
+
+def collect(
+    task: Task,
+    num_episodes: int,
+    seed: int = 0,
+    noise: float = 0.1,
+    num_envs: int = 16,
+    strategy: int | None = None,
+    keep_failures: bool = False,
+    init_states: Sequence[int] | None = None,
+    progress: bool = True,
+) -> list[Episode]:
+    """Let the demonstrator do a task until there are `num_episodes` successful episodes, equally many of each strategy.
+
+    The k-th attempt with a strategy depends on (seed, strategy, k) alone, and the first successful ones are taken, so the
+    result depends neither on `num_envs` nor on the machine's speed.
+
+    Args:
+        noise: standard deviation of the action noise.
+        strategy: index of the only strategy to use; default all.
+        keep_failures: take the first attempts, successful or not.
+        init_states: official init states; the k-th attempt starts from the k-th, cyclically. Default: training states.
+
+    Returns episodes in the order (round, strategy). Their attrs: strategy (name), strategy_index, init_state (-1 for a
+    training state), seed, attempt, noise, source.
+    Raises UserError if a strategy hardly ever succeeds.
+    """
+    from tqdm import tqdm
+
+    repertoire = strategies(task)
+    chosen = list(range(len(repertoire))) if strategy is None else [strategy]
+    quota = {s: num_episodes // len(chosen) + (i < num_episodes % len(chosen)) for i, s in enumerate(chosen)}
+    results: dict[int, dict[int, Episode | None]] = {s: {} for s in chosen}  # attempt -> episode, None if it failed
+    launched = dict.fromkeys(chosen, 0)
+
+    def taken(s: int) -> list[Episode]:
+        return [e for _, e in sorted(results[s].items()) if e is not None][: quota[s]]
+
+    def next_attempt() -> Attempt | None:
+        """Of the strategy that is furthest from its quota, counting what is under way."""
+        missing = {s: quota[s] - len(taken(s)) - (launched[s] - len(results[s])) for s in chosen}
+        s = max(chosen, key=missing.get)
+        if missing[s] <= 0:
+            return None
+        k = launched[s]
+        if len(results[s]) >= 20 and len(taken(s)) < 0.2 * len(results[s]):
+            name = repertoire[s].name
+            raise UserError(f"{task.id}: strategy {name!r} succeeded {len(taken(s))} times in {len(results[s])}")
+        launched[s] += 1
+        return Attempt((s, k), repertoire[s], [seed, s, k], None if init_states is None else int(init_states[k % len(init_states)]))
+
+    with tqdm(total=num_episodes, desc=f"demonstrations of {task.id}", disable=None if progress else True) as bar:
+        for (s, k), episode in perform(task, next_attempt, noise, min(num_envs, num_episodes)):
+            start = -1 if init_states is None else int(init_states[k % len(init_states)])
+            episode.attrs.update(strategy=repertoire[s].name, strategy_index=s, init_state=start, seed=seed, attempt=k)
+            episode.attrs.update(noise=noise, source="scripted")
+            results[s][k] = episode if episode.success or keep_failures else None
+            bar.update(sum(len(taken(s)) for s in chosen) - bar.n)
+    rounds = [[(k, s, e) for k, e in enumerate(taken(s))] for s in chosen]
+    return [e for _, _, e in heapq.merge(*rounds, key=lambda row: row[:2])]
+
+
+def load_or_collect(task: Task, num_episodes: int, seed: int = 0, noise: float = 0.1, progress: bool = True) -> list[Episode]:
+    """`collect`, kept in LIBERO's HDF5 layout in the user's cache folder."""
+    path = _cache_file(task, "episodes", "hdf5", num_episodes, seed, noise)
+    if path.exists():
+        try:
+            return read_episodes(path, task)
+        except UserError as error:
+            logging.getLogger(__name__).warning("%s: collecting again", error)
+    episodes = collect(task, num_episodes, seed, noise, progress=progress)
+    write_demonstrations(path, task, episodes)
+    return episodes
+
+
+def write_demonstrations(path: str | os.PathLike, task: Task, episodes: list[Episode]) -> None:
+    attrs = {"script": "common.demonstrator", "mujoco": mujoco.__version__, "assets": task.assets}
+    write_episodes(path, episodes, task, attrs)
+
+
+# ---------------------------------------------------------------------------------------------- command
+
+
+@dataclasses.dataclass
+class Args:
+    """Write scripted demonstrations of a task in LIBERO's HDF5 layout: OUT/<suite>/<task name>_demo.hdf5."""
+
+    task: str
+    """task id: suite/index, suite/name, or any part of a name that is unique"""
+    out: Path
+    """folder to write to"""
+    episodes: int = 50
+    """successful episodes to collect"""
+    noise: float = 0.1
+    """standard deviation of the action noise"""
+    seed: int = 0
+    num_envs: int = 16
+    assets: str | None = None
+    """LIBERO's asset folder (default: $LIBERO_ASSETS, else LIBERO's own)"""
+
+
+def main() -> None:
+    import tyro
+
+    args = tyro.cli(Args)
+    task = load_task(args.task, args.assets)
+    if args.episodes < 1 or args.num_envs < 1 or args.noise < 0:
+        raise UserError("--episodes and --num-envs must be at least 1, --noise at least 0")
+    path = args.out / task.suite / f"{task.name}_demo.hdf5"
+    episodes = collect(task, args.episodes, args.seed, args.noise, args.num_envs)
+    write_demonstrations(path, task, episodes)
+    for s in strategies(task):
+        lengths = [e.length for e in episodes if e.attrs["strategy"] == s.name]
+        print(f"{s.name}: {len(lengths)} episodes" + (f" of {np.mean(lengths):.0f} steps" if lengths else ""))
+    print(path)
+
+
+if __name__ == "__main__":
+    run_command(main)

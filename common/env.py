@@ -1,13 +1,15 @@
 """LIBERO's simulation as a gymnasium vector environment: exact, without robosuite in the loop, parallel over CPU cores.
 
-One control step (20 Hz) is 25 physics substeps of `mj_step1`, OSC_POSE, `mj_step2`, all in one compiled function that calls
-MuJoCo's C library directly and holds no Python lock, so environments run in plain threads.
+One control step (20 Hz) is 25 physics substeps of `mj_step1`, OSC_POSE, `mj_step2`, then the goal and the observation, all in
+one compiled function that calls MuJoCo's C library directly and holds no Python lock, so environments run in plain threads.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,11 +37,21 @@ _library = next(Path(mujoco.__file__).parent.glob("libmujoco*"), None)
 if _library is None:
     raise ImportError(f"no libmujoco beside {mujoco.__file__}; reinstall mujoco with pip")
 _libmujoco = ctypes.CDLL(str(_library))
-for _name in ("mj_step1", "mj_step2", "mj_jacSite"):  # by name, so that numba can cache the compiled code
+for _name in ("mj_step1", "mj_step2", "mj_jacSite", "mj_kinematics"):  # by name, so that numba can cache the compiled code
     llvmlite.binding.add_symbol(_name, ctypes.cast(getattr(_libmujoco, _name), ctypes.c_void_p).value)
 _mj_step1 = types.ExternalFunction("mj_step1", types.void(types.intp, types.intp))
 _mj_step2 = types.ExternalFunction("mj_step2", types.void(types.intp, types.intp))
+_mj_kinematics = types.ExternalFunction("mj_kinematics", types.void(types.intp, types.intp))
 _mj_jac_site = types.ExternalFunction("mj_jacSite", types.void(types.intp, types.intp, types.intp, types.intp, types.int32))
+
+# The arrays of mjData that compiled code reads and writes, as the columns of a table of addresses.
+FIELDS = ("qpos", "qvel", "ctrl", "qM", "qfrc_bias", "xpos", "xmat", "xipos", "site_xpos", "site_xmat")
+QPOS, QVEL, CTRL, QM, BIAS, XPOS, XMAT, XIPOS, SITE_XPOS, SITE_XMAT = range(len(FIELDS))
+
+
+def _addresses(data: mujoco.MjData) -> np.ndarray:
+    """(len(FIELDS),) int64 memory addresses of the FIELDS of `data`, which stay put as long as it lives."""
+    return np.array([getattr(data, field).__array_interface__["data"][0] for field in FIELDS], np.int64)
 
 
 @intrinsic
@@ -83,17 +95,23 @@ def _solve(factor, n, x):
 
 @numba.njit
 def _axis_angle_matrix(v, out):
-    """Rotation matrix (Rodrigues) of the axis-angle vector v (rad)."""
+    """Rotation matrix of the axis-angle vector v (rad, not zero), with robosuite's own rounding.
+
+    Robosuite goes by a quaternion in float32 whose squared norm is summed in float64: without that, a rotation command is
+    1e-8 off, and the trajectories with it.
+    """
     angle = np.sqrt(v[0] * v[0] + v[1] * v[1] + v[2] * v[2])
-    if angle == 0.0:
-        x, y, z = 0.0, 0.0, 0.0
-    else:
-        x, y, z = v[0] / angle, v[1] / angle, v[2] / angle
-    c, s = np.cos(angle), np.sin(angle)
-    t = 1.0 - c
-    out[0, 0], out[0, 1], out[0, 2] = t * x * x + c, t * x * y - s * z, t * x * z + s * y
-    out[1, 0], out[1, 1], out[1, 2] = t * x * y + s * z, t * y * y + c, t * y * z - s * x
-    out[2, 0], out[2, 1], out[2, 2] = t * x * z - s * y, t * y * z + s * x, t * z * z + c
+    q = np.empty(4, np.float32)
+    q[0] = np.cos(0.5 * angle)
+    for i in range(3):
+        q[1 + i] = v[i] / angle * np.sin(0.5 * angle)
+    norm = np.float32(np.float64(q[0] * q[0]) + np.float64(q[1] * q[1]) + np.float64(q[2] * q[2]) + np.float64(q[3] * q[3]))
+    for i in range(4):
+        q[i] = q[i] * np.sqrt(2.0 / norm)
+    w, x, y, z = q
+    out[0, 0], out[0, 1], out[0, 2] = 1.0 - y * y - z * z, x * y - z * w, x * z + y * w
+    out[1, 0], out[1, 1], out[1, 2] = x * y + z * w, 1.0 - x * x - z * z, y * z - x * w
+    out[2, 0], out[2, 1], out[2, 2] = x * z - y * w, y * z + x * w, 1.0 - x * x - y * y
 
 
 @numba.njit
@@ -151,35 +169,38 @@ def _osc_torques(M, J, bias, q, qd, q0, pos_error, ori_error, velocity, torque):
 
 
 @numba.njit(nogil=True, cache=True)
-def _control_steps(first, last, model, data, pointers, sizes, arm, masses, q0, limits, fingers, actions, goal_rot, grip, repeat):
-    """Run `repeat` control steps of environments first..last-1 with constant actions.
+def _control_steps(
+    first, last, model, data, pointers, sizes, arm, masses, q0, limits, fingers, goal, terms, actions, repeat, goal_rot, grip, near, obs
+):
+    """Run `repeat` control steps of environments first..last-1 with constant actions, then judge and observe them.
 
     Args:
-        model, data: addresses of mjModel and of each environment's mjData; pointers (num_envs, 7): addresses of its qpos,
-            qvel, ctrl, site_xpos, site_xmat, qM, qfrc_bias; sizes: nq, nv, nu, nsite, nM, grip site id.
+        model, data: addresses of mjModel and of each environment's mjData; pointers (num_envs, len(FIELDS)): see
+            `_addresses`; sizes: nq, nv, nu, nsite, nM, grip site id.
         arm (3, 7): qpos and dof addresses and actuators; masses (7, 7): where M[i, j] lies in the sparse qM, or -1.
         limits (7, 2): torque limits; fingers (2, 3): actuator, middle and half width of its control range.
+        goal, terms: what to judge (see `_goal_table`) and to observe (see `StateObservation`).
         goal_rot (num_envs, 3, 3), grip (num_envs, 2): the controller's memory, updated in place.
+        near (num_envs,) bool, obs (num_envs, size) float32: output.
     """
     nq, nv, nu, nsite, nM, grip_site = sizes
     jacobian = np.zeros((2, 3, nv))
     jac_pos, jac_rot = jacobian[0].ctypes.data, jacobian[1].ctypes.data
     M, J = np.empty((7, 7)), np.empty((6, 7))
     q, qd, bias, torque = np.empty(7), np.empty(7), np.empty(7), np.empty(7)
-    goal, pos_error, ori_error, velocity = np.empty(3), np.empty(3), np.empty(3), np.empty(6)
+    target, pos_error, ori_error, velocity = np.empty(3), np.empty(3), np.empty(3), np.empty(6)
     delta, turn = np.empty(3), np.empty((3, 3))
     for e in range(first, last):
-        qpos, qvel = _view(pointers[e, 0], (nq,)), _view(pointers[e, 1], (nv,))
-        ctrl = _view(pointers[e, 2], (nu,))
-        site_xpos, site_xmat = _view(pointers[e, 3], (nsite, 3)), _view(pointers[e, 4], (nsite, 3, 3))
-        qM, qfrc_bias = _view(pointers[e, 5], (nM,)), _view(pointers[e, 6], (nv,))
+        qpos, qvel, ctrl = _view(pointers[e, QPOS], (nq,)), _view(pointers[e, QVEL], (nv,)), _view(pointers[e, CTRL], (nu,))
+        qM, qfrc_bias = _view(pointers[e, QM], (nM,)), _view(pointers[e, BIAS], (nv,))
+        site_xpos, site_xmat = _view(pointers[e, SITE_XPOS], (nsite, 3)), _view(pointers[e, SITE_XMAT], (nsite, 3, 3))
         eef, rot = site_xpos[grip_site], site_xmat[grip_site]
         for substep in range(repeat * SUBSTEPS):
             _mj_step1(model, data[e])
             if substep % SUBSTEPS == 0:  # a new action sets the goal pose, relative to where the hand is now
                 turned = False
                 for i in range(3):
-                    goal[i] = eef[i] + 0.05 * min(1.0, max(-1.0, actions[e, i]))
+                    target[i] = eef[i] + 0.05 * min(1.0, max(-1.0, actions[e, i]))
                     delta[i] = 0.5 * min(1.0, max(-1.0, actions[e, 3 + i]))
                     turned = turned or delta[i] != 0.0
                 if turned:  # an all-zero rotation keeps the old goal orientation
@@ -195,7 +216,7 @@ def _control_steps(first, last, model, data, pointers, sizes, arm, masses, q0, l
                 for i in range(7):
                     M[i, k] = qM[masses[i, k]] if masses[i, k] >= 0 else 0.0
             for i in range(3):
-                pos_error[i] = goal[i] - eef[i]
+                pos_error[i] = target[i] - eef[i]
                 # half the sum over the axes of current x desired
                 a, b = (i + 1) % 3, (i + 2) % 3
                 total = 0.0
@@ -217,9 +238,66 @@ def _control_steps(first, last, model, data, pointers, sizes, arm, masses, q0, l
             for f in range(2):
                 ctrl[int(fingers[f, 0])] = fingers[f, 1] + fingers[f, 2] * grip[e, f]
             _mj_step2(model, data[e])
+        near[e] = _goal_near(pointers[e], goal)  # LIBERO judges success on poses 2 ms old,
+        _mj_kinematics(model, data[e])  # but observations are of the state itself
+        _observe(pointers[e], terms, obs[e])
 
 
 # ---------------------------------------------------------------------------------------------- goal predicates
+
+
+KINDS = {"joint": 0, "contain": 1, "under": 2, "ontop": 3}
+_GOAL_DTYPE = np.dtype(
+    [("kind", "i8"), ("body", "i8"), ("target", "i8"), ("extent", "f8", 3), ("qpos", "i8", 8), ("joints", "i8")]
+    + [("sign", "f8"), ("threshold", "f8"), ("inclusive", "?"), ("any", "?")]
+)
+
+
+@functools.lru_cache(maxsize=1024)
+def _goal_table(goal: tuple[Predicate, ...]) -> np.ndarray:
+    """One record for each conjunct. `target` is a site, or a body if the goal is to be on top of an object."""
+    table = np.zeros(len(goal), _GOAL_DTYPE)
+    for row, p in zip(table, goal, strict=True):
+        row["kind"], row["body"], row["target"] = KINDS[p.kind], p.body, p.target_body if p.kind == "ontop" else p.site
+        row["extent"], row["sign"], row["threshold"], row["inclusive"], row["any"] = p.size, p.sign, p.threshold, p.inclusive, p.any
+        row["joints"], row["qpos"][: len(p.qpos)] = len(p.qpos), p.qpos
+    return table
+
+
+@numba.njit
+def _goal_near(pointers, goal):
+    """Whether all conjuncts hold as far as positions say; contacts, where LIBERO asks for them, are left to `in_contact`."""
+    near = True
+    for i in range(len(goal)):
+        near = near and _near(pointers, goal[i])
+    return near
+
+
+@numba.njit
+def _near(pointers, p):
+    if p.kind == 0:  # a joint, beyond a threshold
+        count = 0
+        for i in range(p.joints):
+            value, threshold = p.sign * _view(pointers[QPOS], (p.qpos[i] + 1,))[p.qpos[i]], p.sign * p.threshold
+            count += value > threshold or (p.inclusive and value == threshold)
+        return count > 0 if p.any else count == p.joints
+    position = _view(pointers[XPOS], (p.body + 1, 3))[p.body]
+    if p.kind == 3:  # LIBERO compares body origins: the target's not above the object's, 3 cm apart at most
+        target = _view(pointers[XPOS], (p.target + 1, 3))[p.target]
+        return target[2] <= position[2] and np.hypot(target[0] - position[0], target[1] - position[1]) < 0.03
+    centre, rot = _view(pointers[SITE_XPOS], (p.target + 1, 3))[p.target], _view(pointers[SITE_XMAT], (p.target + 1, 3, 3))[p.target]
+    for i in range(3):
+        if p.kind == 1:  # an axis-aligned box around the turned site, 1 cm deeper at the bottom
+            extent = abs(rot[i, 0] * p.extent[0] + rot[i, 1] * p.extent[1] + rot[i, 2] * p.extent[2])
+            lower, upper, x = centre[i] - extent, centre[i] + extent, position[i]
+            if i == 2:
+                lower -= 0.01
+        else:  # (sic) LIBERO does not transpose the rotation
+            x = rot[i, 0] * (position[0] - centre[0]) + rot[i, 1] * (position[1] - centre[1]) + rot[i, 2] * (position[2] - centre[2])
+            lower, upper = (-p.extent[i], p.extent[i]) if i < 2 else (p.extent[2] - 0.005, p.extent[2] + 0.10)
+        if not lower < x < upper:
+            return False
+    return True
 
 
 def predicate_holds(predicate: Predicate, data: mujoco.MjData, model: mujoco.MjModel) -> bool:
@@ -228,27 +306,11 @@ def predicate_holds(predicate: Predicate, data: mujoco.MjData, model: mujoco.MjM
     Like LIBERO it reads `data` as the last physics substep left it: joint positions after integration, body poses and
     contacts from before (2 ms older).
     """
-    if predicate.kind == "joint":
-        q = data.qpos[list(predicate.qpos)]
-        value, threshold = predicate.sign * q, predicate.sign * predicate.threshold
-        holds = value >= threshold if predicate.inclusive else value > threshold
-        return bool(holds.any() if predicate.any else holds.all())
-    position = data.xpos[predicate.body]
-    if predicate.kind == "ontop":  # LIBERO compares body origins: the target's not above the object's, 3 cm apart at most
-        target = data.xpos[predicate.target_body]
-        near = target[2] <= position[2] and np.linalg.norm(target[:2] - position[:2]) < 0.03
-    else:
-        center, rot = data.site_xpos[predicate.site], data.site_xmat[predicate.site].reshape(3, 3)
-        size = np.array(predicate.size)
-        if predicate.kind == "contain":  # an axis-aligned box around the turned site, 1 cm deeper at the bottom
-            extent = np.abs(rot @ size)
-            lower, upper = center - extent, center + extent
-            lower[2] -= 0.01
-            near = np.all(position > lower) and np.all(position < upper)
-        else:
-            offset = rot @ (position - center)  # (sic) LIBERO does not transpose
-            near = size[2] - 0.005 < offset[2] < size[2] + 0.10 and np.all(np.abs(offset[:2]) < size[:2])
-    return bool(near) and (predicate.contact is None or in_contact(data, model, *predicate.contact))
+    return bool(_goal_near(_addresses(data), _goal_table((predicate,)))) and _contacts_hold((predicate,), data, model)
+
+
+def _contacts_hold(goal: Sequence[Predicate], data: mujoco.MjData, model: mujoco.MjModel) -> bool:
+    return all(p.contact is None or in_contact(data, model, *p.contact) for p in goal)
 
 
 def in_contact(data: mujoco.MjData, model: mujoco.MjModel, geoms_1: tuple[int, ...], geoms_2: tuple[int, ...]) -> bool:
@@ -262,10 +324,13 @@ def in_contact(data: mujoco.MjData, model: mujoco.MjModel, geoms_1: tuple[int, .
 
 def success(task: Task, data: mujoco.MjData) -> bool:
     """LIBERO's `_check_success`: all conjuncts of the goal hold."""
-    return all(predicate_holds(p, data, task.model) for p in task.goal)
+    return bool(_goal_near(_addresses(data), _goal_table(tuple(task.goal)))) and _contacts_hold(task.goal, data, task.model)
 
 
 # ---------------------------------------------------------------------------------------------- observations
+
+
+TWO_COLUMNS = (0, 3, 6, 1, 4, 7)  # of a rotation matrix stored row by row
 
 
 class StateObservation:
@@ -276,6 +341,9 @@ class StateObservation:
     position, rotation and position relative to the hand; for each region named: its position relative to the hand; for
     each articulated joint named: its position and its moving body's centre relative to the hand; for each binary goal: the
     object's position relative to the target.
+
+    Every number is an entry of mjData or the difference of two: `terms` (size, 4) int64 holds field and flat index of the
+    first, and of the second (or -1), for compiled code to gather.
     """
 
     def __init__(self, task: Task):
@@ -287,35 +355,49 @@ class StateObservation:
         joints = [j for n in names for j in (task.sites.get(n) or task.objects[n]).joints]
         self.joints = list(dict.fromkeys(joints))
         self.pairs = [p for p in task.goal if p.kind != "joint"]
-        sizes = {"eef_pos": 3, "eef_rot": 6, "gripper_qpos": 2, "gripper_qvel": 2}
+        model, eef, hand = task.model, (SITE_XPOS, 3 * task.eef_site), (SITE_XMAT, 9 * task.eef_site)
+        terms: dict[str, list] = {
+            "eef_pos": self._terms(eef),
+            "eef_rot": self._terms(hand, offsets=TWO_COLUMNS),
+            "gripper_qpos": [(QPOS, i, -1, 0) for i in task.gripper_qpos],
+            "gripper_qvel": [(QVEL, i, -1, 0) for i in task.gripper_dof],
+        }
         for obj in self.objects:
-            sizes |= {f"{obj.name}_pos": 3, f"{obj.name}_rot": 6, f"{obj.name}_to_eef": 3}
+            terms[f"{obj.name}_pos"] = self._terms((XPOS, 3 * obj.body))
+            terms[f"{obj.name}_rot"] = self._terms((XMAT, 9 * obj.body), offsets=TWO_COLUMNS)
+            terms[f"{obj.name}_to_eef"] = self._terms((XPOS, 3 * obj.body), eef)
         for site in self.sites:
-            sizes[f"{site.name}_to_eef"] = 3
+            terms[f"{site.name}_to_eef"] = self._terms((SITE_XPOS, 3 * site.site), eef)
         for joint in self.joints:
-            name = task.model.joint(joint).name
-            sizes |= {f"{name}_qpos": 1, f"{name}_to_eef": 3}
-        for pair in self.pairs:
-            sizes[f"{pair.args[0]}_to_{pair.args[1]}"] = 3
-        ends = np.cumsum(list(sizes.values()))
-        self.layout = {name: slice(int(end - size), int(end)) for (name, size), end in zip(sizes.items(), ends, strict=True)}
+            name = model.joint(joint).name
+            terms[f"{name}_qpos"] = [(QPOS, int(model.jnt_qposadr[joint]), -1, 0)]
+            terms[f"{name}_to_eef"] = self._terms((XIPOS, 3 * int(model.jnt_bodyid[joint])), eef)
+        for p in self.pairs:
+            target = (SITE_XPOS, 3 * p.site) if p.site >= 0 else (XPOS, 3 * p.target_body)
+            terms[f"{p.args[0]}_to_{p.args[1]}"] = self._terms((XPOS, 3 * p.body), target)
+        ends = np.cumsum([len(rows) for rows in terms.values()])
+        self.layout = {name: slice(int(end) - len(rows), int(end)) for (name, rows), end in zip(terms.items(), ends, strict=True)}
         self.size = int(ends[-1])
+        self.terms = np.array([row for rows in terms.values() for row in rows], np.int64)
+
+    @staticmethod
+    def _terms(plus, minus=(-1, 0), offsets=(0, 1, 2)) -> list[tuple[int, int, int, int]]:
+        return [(plus[0], plus[1] + k, minus[0], minus[1] + k) for k in offsets]
 
     def __call__(self, data: mujoco.MjData) -> np.ndarray:
         """(size,) float32 of one environment."""
-        task = self.task
-        eef, rot = data.site_xpos[task.eef_site], data.site_xmat[task.eef_site]
-        parts = [eef, rot[[0, 3, 6, 1, 4, 7]], data.qpos[task.gripper_qpos], data.qvel[task.gripper_dof]]
-        for obj in self.objects:
-            parts += [data.xpos[obj.body], data.xmat[obj.body][[0, 3, 6, 1, 4, 7]], data.xpos[obj.body] - eef]
-        parts += [data.site_xpos[site.site] - eef for site in self.sites]
-        for joint in self.joints:
-            body = task.model.jnt_bodyid[joint]
-            parts += [data.qpos[[task.model.jnt_qposadr[joint]]], data.xipos[body] - eef]
-        for p in self.pairs:
-            target = data.site_xpos[p.site] if p.site >= 0 else data.xpos[p.target_body]
-            parts.append(data.xpos[p.body] - target)
-        return np.concatenate(parts).astype(np.float32)
+        out = np.empty(self.size, np.float32)
+        _observe(_addresses(data), self.terms, out)
+        return out
+
+
+@numba.njit
+def _observe(pointers, terms, out):
+    for k in range(len(terms)):
+        value = _view(pointers[terms[k, 0]], (terms[k, 1] + 1,))[terms[k, 1]]
+        if terms[k, 2] >= 0:
+            value -= _view(pointers[terms[k, 2]], (terms[k, 3] + 1,))[terms[k, 3]]
+        out[k] = value
 
 
 def observe_states(task: Task, states: np.ndarray) -> np.ndarray:
@@ -393,8 +475,7 @@ class LiberoVectorEnv(VectorEnv):
 
         model = task.model
         self.data = [mujoco.MjData(model) for _ in range(num_envs)]
-        fields = ("qpos", "qvel", "ctrl", "site_xpos", "site_xmat", "qM", "qfrc_bias")
-        pointers = np.array([[getattr(d, f).ctypes.data for f in fields] for d in self.data], np.int64)
+        pointers = np.stack([_addresses(d) for d in self.data])
         addresses = np.array([d._address for d in self.data], np.int64)
         sizes = tuple(int(n) for n in (model.nq, model.nv, model.nu, model.nsite, model.nM, task.eef_site))
         arm = np.array([task.arm_qpos, task.arm_dof, task.arm_actuators])
@@ -402,7 +483,8 @@ class LiberoVectorEnv(VectorEnv):
         fingers = np.stack([np.array(task.gripper_actuators, np.float64), (high + low) / 2, (high - low) / 2], axis=1)
         limits = model.actuator_ctrlrange[task.arm_actuators].copy()
         q0 = np.array(task.initial_joints)
-        self._constants = (model._address, addresses, pointers, sizes, arm, _mass_addresses(task), q0, limits, fingers)
+        masses, goal = _mass_addresses(task), _goal_table(tuple(task.goal))
+        self._constants = (model._address, addresses, pointers, sizes, arm, masses, q0, limits, fingers, goal, self.observe.terms)
         # LIBERO's controller starts with the arm in its reset pose, and keeps that goal orientation until told otherwise.
         home = self.data[0]
         home.qpos[task.arm_qpos] = task.initial_joints
@@ -410,6 +492,7 @@ class LiberoVectorEnv(VectorEnv):
         self._home_rot = home.site_xmat[task.eef_site].reshape(3, 3).copy()
         self._goal_rot = np.tile(self._home_rot, (num_envs, 1, 1))
         self._grip = np.zeros((num_envs, 2))
+        self._near, self._obs = np.zeros(num_envs, bool), np.zeros((num_envs, self.observe.size), np.float32)
         self._elapsed = np.zeros(num_envs, np.int64)
         self._state_indices = np.zeros(num_envs, np.int64)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -436,11 +519,11 @@ class LiberoVectorEnv(VectorEnv):
             raise ValueError(f"actions must be finite numbers of shape {(self.num_envs, 7)}, not {actions.shape}")
         self._advance(actions)
         self._elapsed += 1
-        terminated = np.array([success(self.task, d) for d in self.data])
+        terminated = self._near.copy()
+        for i in np.flatnonzero(self._near):
+            terminated[i] = _contacts_hold(self.task.goal, self.data[i], self.task.model)
         truncated = ~terminated & (self._elapsed >= self.max_steps)
-        for data in self.data:  # LIBERO judges success on poses 2 ms old; observations are of the state itself
-            mujoco.mj_kinematics(self.task.model, data)
-        observations, info = self._observations(), {}
+        observations, info = self._obs.copy(), {}
         done = terminated | truncated
         if done.any() and self.autoreset_mode == AutoresetMode.SAME_STEP:
             info = {"final_obs": observations.copy(), "_final_obs": done.copy(), "final_length": self._elapsed.copy()}
@@ -458,18 +541,21 @@ class LiberoVectorEnv(VectorEnv):
         """(num_envs, 1 + nq + nv) float64: time, qpos, qvel, LIBERO's flattened simulator state."""
         return np.stack([np.concatenate([[d.time], d.qpos, d.qvel]) for d in self.data])
 
-    def set_state(self, states: np.ndarray, gripper: np.ndarray | None = None) -> None:
+    def set_state(self, states: np.ndarray, gripper: np.ndarray | None = None, envs: np.ndarray | None = None) -> None:
         """Continue from (num_envs, 1 + nq + nv) states, as LIBERO's `set_init_state` does in a freshly reset environment.
 
         A state doesn't hold the controller's memory. `gripper` (num_envs,) in [-1, 1] is how far the fingers were told to
-        close (-1 open, 1 closed); without it they start in the middle, as after LIBERO's reset.
+        close (-1 open, 1 closed); without it they start in the middle, as after LIBERO's reset. `envs` (n,) indices: only
+        these environments, with n states.
         """
+        envs = np.arange(self.num_envs) if envs is None else np.asarray(envs)
         states = np.asarray(states, np.float64)
-        if states.shape != (self.num_envs, 1 + self.task.model.nq + self.task.model.nv):
-            raise ValueError(f"states of {self.task.id} have shape (num_envs, {1 + self.task.model.nq + self.task.model.nv})")
-        for i, state in enumerate(states):
-            self._load(i, state, 0.0 if gripper is None else float(gripper[i]))
-        self._elapsed[:] = 0
+        width = 1 + self.task.model.nq + self.task.model.nv
+        if states.shape != (len(envs), width):
+            raise ValueError(f"states must have shape {(len(envs), width)}, not {states.shape}")
+        for row, i in enumerate(envs):
+            self._load(i, states[row], 0.0 if gripper is None else float(gripper[row]))
+        self._elapsed[envs] = 0
 
     def observations(self) -> np.ndarray:
         """(num_envs, size) float32 of the current states."""
@@ -506,13 +592,18 @@ class LiberoVectorEnv(VectorEnv):
     def _advance(self, actions: np.ndarray, envs: np.ndarray | None = None, repeat: int = 1) -> None:
         """Control steps with constant actions, in threads; `envs` (default all) are the environments that move."""
 
-        def run(first, last):
-            _control_steps(first, last, *self._constants, actions, self._goal_rot, self._grip, repeat)
+        memory = actions, repeat, self._goal_rot, self._grip, self._near, self._obs
 
+        def run(first, last):
+            _control_steps(first, last, *self._constants, *memory)
+
+        workers = self._threads._max_workers
         if envs is not None:
             list(self._threads.map(run, envs, envs + 1))
+        elif workers == 1:
+            run(0, self.num_envs)
         else:  # small slices, so that an environment with many contacts doesn't hold up the others
-            size = max(1, self.num_envs // (8 * self._threads._max_workers))
+            size = max(1, self.num_envs // (8 * workers))
             starts = range(0, self.num_envs, size)
             list(self._threads.map(run, starts, (min(s + size, self.num_envs) for s in starts)))
 

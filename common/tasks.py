@@ -181,6 +181,14 @@ def find_assets(assets: str | None = None) -> Path:
     return folder.resolve()
 
 
+def find_human_demos(task: Task) -> Path | None:
+    """LIBERO's human demonstrations of a task, if they are on disk: in $LIBERO_DATASETS, or where LIBERO downloads them to."""
+    name = f"{task.name}_demo.hdf5"
+    folders = [Path(f).expanduser() for f in [os.environ.get("LIBERO_DATASETS")] if f] + [libero_root().parent / "datasets"]
+    candidates = [folder / suite / name for folder in folders for suite in (task.suite, "libero_100", ".")]
+    return next((path for path in candidates if path.is_file()), None)
+
+
 def _download_assets() -> Path:
     advice = "pass --assets DIR or set LIBERO_ASSETS"
     if importlib.util.find_spec("huggingface_hub") is None:
@@ -240,7 +248,7 @@ def load_task(task_id: str, assets: str | None = None) -> Task:
     result = subprocess.run(arguments, cwd=root, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if result.returncode != 0 or not path.exists():
         reason = (result.stderr.strip() or result.stdout.strip() or "no output").splitlines()[-1]
-        raise UserError(f"{suite}/{task_names()[suite][index]} does not build from the assets in {folder}: {reason.removeprefix('error: ')}")
+        raise UserError(f"{suite}/{task_names()[suite][index]} does not build from {folder}: {reason.removeprefix('error: ')}")
     return _read_task(path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def test_a_failure_leaves_the_earlier_figure(tmp_path, monkeypatch):
 
 def test_importing_does_not_load_matplotlib():
     code = "import sys, common.plots; sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(plots.__file__).parents[1]).returncode == 0
 
 
 def test_paths_show_the_trajectories(drawn):
@@ -122,7 +123,7 @@ VISION = {
 
 @pytest.mark.parametrize("vision", VISION)
 def test_patterns_are_told_apart(vision):
-    """Colours differ by 15 or more in CIELAB (a difference of about 2 is just seen), also from the white behind them."""
+    """Colours differ by 15 or more in CIELAB (a difference of about 2 is just seen), from the white behind them too."""
     rgb = np.array([to_rgb(c) for c in (*plots.COLOURS, "white")])
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ np.transpose(VISION[vision])
     to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])

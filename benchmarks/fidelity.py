@@ -1,0 +1,411 @@
+"""Is our environment LIBERO's? Both, side by side, from the same states with the same actions.
+
+The truth is LIBERO's own `ControlEnv` on robosuite (`common.tasks.libero_env`), stepped in the same process.
+
+Trajectories (two tasks of each suite). From three official init states: ten no-ops, then smooth random actions with pauses
+of the rotation; and from the start of a scripted demonstration its own actions, so that things are grasped, moved and
+solved. After every control step the largest difference of the joint positions qpos (m, rad) and both success flags are compared.
+Up to where the robot first touches anything, both simulations compute the same numbers in another order, and differ by
+rounding. A contact that has just been struck amplifies rounding, in any simulator, so the differences are reported
+
+  free     over the steps before the first one at whose end the robot touches an object or a fixture (in our simulation),
+  all      over all steps.
+
+Flags (all 130 tasks). On states that span the goal's boundary (`boundary_states`) and on the last states of a
+demonstration, LIBERO's `_eval_predicate` of each conjunct and `_check_success` against ours: once in the state itself
+and once after a control step from it, where LIBERO judges poses that are 2 ms old.
+
+The compiled model is compared too: every field of mjModel but the textures, which we shrink.
+
+    python -m benchmarks.fidelity                                     # everything: an hour on two cores
+    python -m benchmarks.fidelity --tasks libero_goal/0 libero_90/5   # a minute
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import mujoco
+import numpy as np
+from gymnasium.vector import AutoresetMode
+
+from common.cli import UserError, run_command
+from common.env import NO_OP, make_env, predicate_holds, success
+from common.runs import Progress, versions, write_json
+from common.tasks import SUITES, Predicate, Task, find_assets, libero_env, load_task, resolve, task_names
+
+# Two tasks a suite and more, all six predicates among them.
+TRAJECTORY_TASKS = [
+    *("libero_spatial/0", "libero_spatial/5", "libero_object/0", "libero_object/6", "libero_goal/0", "libero_goal/7"),
+    *("libero_10/2", "libero_10/3", "libero_90/5", "libero_90/20", "libero_90/22", "libero_90/60"),
+]
+
+
+@dataclasses.dataclass
+class Args:
+    """Compare our environment with LIBERO's own."""
+
+    tasks: list[str] = dataclasses.field(default_factory=list)
+    """task ids (default: every task for the flags, two or more of each suite for the trajectories)"""
+    suite: str | None = None
+    """one suite only"""
+    part: Literal["trajectories", "flags", "all"] = "all"
+    """what to compare"""
+    steps: int = 100
+    """control steps of a trajectory"""
+    states: int = 24
+    """states a task for the flags, on each of which every conjunct is compared twice"""
+    demos: bool = True
+    """also replay a scripted demonstration, where the demonstrator has one"""
+    json: Path | None = None
+    """write the numbers here, after every task; tasks that the file already holds, of the same settings, are not run again"""
+    processes: int = 0
+    """tasks at a time (default: one a core)"""
+    assets: str | None = None
+    """LIBERO's asset folder (default: $LIBERO_ASSETS, else LIBERO's own)"""
+
+
+# ---------------------------------------------------------------------------------------------- both simulators
+
+
+class Pair:
+    """LIBERO's environment and ours of one task, in the same state."""
+
+    def __init__(self, task_id: str, assets: str | None):
+        self.task = load_task(task_id, assets)
+        self.libero = libero_env(task_id, assets)
+        self.home = self.libero.robots[0].controller.goal_ori.copy()
+        self.env = make_env(self.task, 1, settle_steps=0, max_steps=10**6, autoreset_mode=AutoresetMode.DISABLED)
+        self.data, self.sim = self.env.data[0], self.libero.sim
+        body_of = self.task.model.geom_bodyid
+        self.robot = self.task.model.body_rootid[body_of] == self.task.model.body_rootid[self.task.hand_body]
+
+    def set_state(self, state: np.ndarray) -> None:
+        """Put both into a state, and the controllers' memories to where LIBERO's reset leaves them.
+
+        After `set_init_state` LIBERO's controller would compute its first action from the pose before: `new_update` mends that.
+        """
+        self.libero.set_init_state(state)
+        robot = self.libero.robots[0]
+        robot.controller.new_update, robot.controller.goal_ori = True, self.home.copy()
+        robot.gripper.current_action = np.zeros_like(robot.gripper.current_action)
+        self.libero.env.timestep, self.libero.env.done = 0, False
+        self.env.set_state(state[None])
+
+    def step(self, action: np.ndarray) -> tuple[bool, bool]:
+        """One control step of both; returns (LIBERO's success flag, ours)."""
+        _, _, theirs, _ = self.libero.step(action)
+        _, _, ours, _, _ = self.env.step(action[None])
+        return bool(theirs), bool(ours[0])
+
+    def difference(self) -> float:
+        """Largest difference of any joint position, or infinity if one of them is not finite."""
+        difference = np.abs(self.sim.data.qpos - self.data.qpos).max()
+        return float(difference) if np.isfinite(difference) else np.inf
+
+    def robot_touches(self) -> bool:
+        """Whether any part of the robot is in contact with anything else."""
+        geoms = self.data.contact.geom
+        return bool((self.robot[geoms[:, 0]] != self.robot[geoms[:, 1]]).any())
+
+    def flags(self) -> tuple[list[bool], list[bool]]:
+        """(LIBERO's, ours): one flag for each conjunct of the goal, then success."""
+        domain = self.libero.env
+        theirs = [bool(domain._eval_predicate(state)) for state in domain.parsed_problem["goal_state"]]
+        ours = [predicate_holds(p, self.data, self.task.model) for p in self.task.goal]
+        return theirs + [bool(self.libero.check_success())], ours + [success(self.task, self.data)]
+
+    def proprioception_difference(self) -> float:
+        """Largest difference (m, rad, quaternion) of the robot observations.
+
+        LIBERO samples them some substeps before the end of a control step; here they are taken anew from the current state.
+        """
+        from robosuite.utils.transform_utils import quat2axisangle
+
+        self.sim.forward()
+        self.libero._update_observables(force=True)
+        names = {"ee_pos": "eef_pos", "ee_quat": "eef_quat", "gripper_states": "gripper_qpos", "joint_states": "joint_pos"}
+        observed = self.libero.env._get_observations()
+        theirs = {ours: np.asarray(observed[f"robot0_{name}"]) for ours, name in names.items()}
+        theirs["ee_ori"] = quat2axisangle(theirs["ee_quat"].copy())
+        return max(float(np.abs(values[0] - theirs[name]).max()) for name, values in self.env.proprioception().items())
+
+    def model_differences(self) -> list[str]:
+        """Fields of mjModel that are not equal, textures aside."""
+        ours, theirs = self.task.model, self.sim.model._model
+        arrays = [n for n in dir(ours) if n[0] != "_" and isinstance(getattr(ours, n), np.ndarray)]
+        return [n for n in arrays if "tex" not in n and n != "paths" and not np.array_equal(getattr(ours, n), getattr(theirs, n))]
+
+
+def random_actions(rng: np.random.Generator, steps: int) -> np.ndarray:
+    """(steps, 7): ten no-ops, then smooth random motion; in three of ten steps the rotation is left as it was."""
+    actions = np.zeros((steps, 7))
+    for t in range(1, steps):
+        actions[t] = 0.8 * actions[t - 1] + 0.4 * rng.normal(size=7)
+    actions = np.clip(actions, -1.0, 1.0)
+    actions[np.arange(steps) % 10 < 3, 3:6] = 0.0
+    actions[:10] = NO_OP
+    return actions
+
+
+def trajectory(pair: Pair, start: np.ndarray, actions: np.ndarray) -> dict:
+    """Step both from `start`; see the module's docstring for what is reported."""
+    pair.set_state(start)
+    differences, theirs, ours, touched = [], [], [], []
+    for action in actions:
+        flags = pair.step(action)
+        theirs.append(flags[0])
+        ours.append(flags[1])
+        differences.append(pair.difference())
+        touched.append(pair.robot_touches())
+    free = touched.index(True) if True in touched else len(actions)
+    return {
+        "steps": len(actions),
+        "free_steps": free,
+        "free": max(differences[:free], default=0.0),
+        "all": max(differences),
+        "flags_equal": theirs == ours,
+        "flags_unequal_at": [t for t in range(len(actions)) if theirs[t] != ours[t]],
+        "successes": sum(theirs),
+        "proprioception": pair.proprioception_difference(),  # in the last state
+        "differences": [float(f"{d:.2g}") for d in differences],
+    }
+
+
+# ---------------------------------------------------------------------------------------------- states around the goal
+
+
+def boundary_states(task: Task, rng: np.random.Generator, count: int) -> np.ndarray:
+    """(count, 1 + nq + nv) states on both sides of the goal's boundary.
+
+    A sixth are official init states. In the others each conjunct is made true or nearly true (see `_try`): a joint is put
+    around its threshold, an object in, on or beside its target, at heights where it just touches and just does not. Half are kept
+    only if the whole goal holds (by our own evaluation, which is then compared with LIBERO's).
+    """
+    model, data = task.model, mujoco.MjData(task.model)
+    states = []
+    for k in range(count):
+        official = task.init_states[rng.integers(len(task.init_states))]
+        if k % 6 == 0:
+            states.append(official)
+            continue
+        for _attempt in range(60):
+            data.time, data.qpos[:], data.qvel[:] = official[0], official[1 : 1 + model.nq], official[1 + model.nq :]
+            for predicate in sorted(task.goal, key=lambda p: p.kind != "joint"):  # a drawer first, then what is in it
+                mujoco.mj_fwdPosition(model, data)
+                _try(task, data, predicate, rng)
+            mujoco.mj_fwdPosition(model, data)
+            if k % 2 == 0 or success(task, data):
+                break
+        states.append(np.concatenate([[data.time], data.qpos, data.qvel]))
+    return np.array(states)
+
+
+def _try(task: Task, data: mujoco.MjData, predicate: Predicate, rng: np.random.Generator) -> None:
+    """Change the state so that the predicate holds, or nearly holds."""
+    if predicate.kind == "joint":
+        for address in predicate.qpos:
+            offset = rng.choice([0.0, 1e-9, 1e-6, 1e-3, 0.02, 0.1]) * rng.choice([-1.0, 1.0, 1.0])
+            data.qpos[address] = predicate.threshold + predicate.sign * offset
+        return
+    obj = task.objects[predicate.args[0]]
+    here = slice(obj.joint_qpos, obj.joint_qpos + 3)
+    # In units of the allowed range: mostly inside, sometimes within a hair of the edge, sometimes outside.
+    u = rng.uniform(-1.0, 1.0, 3)
+    if rng.random() < 0.5:
+        u[rng.integers(3)] = rng.choice([-1.0, 1.0]) * rng.choice([0.5, 0.99, 1.0 - 1e-6, 1.0 + 1e-6, 1.01, 1.5])
+    body_offset = data.xpos[predicate.body] - data.qpos[here]
+    if predicate.kind == "ontop":
+        target = data.xpos[predicate.target_body]
+        direction = np.array([np.cos(np.pi * u[1]), np.sin(np.pi * u[1])])
+        place = target + np.append(0.03 * abs(u[0]) * direction, 0.1 * u[2])
+    else:
+        centre, rot = data.site_xpos[predicate.site], data.site_xmat[predicate.site].reshape(3, 3)
+        size = np.array(predicate.size)
+        if predicate.kind == "contain":
+            place = centre + u * np.abs(rot @ size) + np.array([0.0, 0.0, -0.01 if u[2] < -0.99 else 0.0])
+        else:
+            low, high = size[2] - 0.005, size[2] + 0.10
+            place = centre + rot.T @ np.append(u[:2] * size[:2], (low + high) / 2 + u[2] * (high - low) / 2)
+    data.qpos[here] = place - body_offset
+    if predicate.contact is None or rng.random() < 0.2:
+        return
+    # The flag also asks for contact: scan the heights for the last one that touches, and take it or the one above.
+    heights = place[2] + np.linspace(-0.08, 0.08, 33)
+    touching = []
+    for z in heights:
+        data.qpos[here] = np.append(place[:2], z) - body_offset
+        mujoco.mj_fwdPosition(task.model, data)
+        touching.append(predicate_holds(predicate, data, task.model))
+    if any(touching):
+        last = len(touching) - 1 - touching[::-1].index(True)
+        z = heights[min(last + int(rng.random() < 0.3), len(heights) - 1)]
+        data.qpos[here] = np.append(place[:2], z) - body_offset
+
+
+def flag_comparison(pair: Pair, states: np.ndarray) -> dict:
+    """Compare every conjunct's flag and success in each state, and after one control step from it."""
+    names = [p.name for p in pair.task.goal] + ["success"]
+    counts = {name: {"positive": 0, "negative": 0, "unequal": 0} for name in names}
+    positive_states = 0
+    for state in states:
+        pair.set_state(state)
+        positive_states += pair.flags()[0][-1]
+        for stepped in (False, True):
+            if stepped:
+                theirs, ours = pair.step(np.array([0.1, -0.1, 0.1, 0.0, 0.0, 0.1, 1.0]))
+                counts["success"]["unequal"] += theirs != ours  # what `step` returned, beside what is evaluated here
+            for name, theirs, ours in zip(names, *pair.flags(), strict=True):
+                counts[name]["positive" if theirs else "negative"] += 1
+                counts[name]["unequal"] += theirs != ours
+    return {"states": len(states), "successful_states": positive_states, "predicates": counts}
+
+
+# ---------------------------------------------------------------------------------------------- one task, all tasks
+
+
+def demonstration(task: Task):
+    """A successful scripted demonstration, or None where the demonstrator has none."""
+    try:
+        from common.demonstrator import load_or_collect
+
+        return next((e for e in load_or_collect(task, 4, progress=False) if e.success), None)
+    except UserError:
+        return None
+
+
+def compare(task_id: str, parts: tuple[str, ...], args: Args) -> dict:
+    """All numbers of one task."""
+    start = time.time()
+    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):  # LIBERO and robosuite print
+        pair = Pair(task_id, args.assets)
+        task = pair.task
+        result = {"name": task.name, "goal": [[p.name, *p.args] for p in task.goal], "model_differences": pair.model_differences()}
+        episode = demonstration(task) if args.demos else None
+        if "trajectories" in parts:
+            rows = {}
+            for k in range(3):
+                rows[f"random {k}"] = trajectory(pair, task.init_states[k], random_actions(np.random.default_rng(k), args.steps))
+            if episode is not None:
+                rows["demonstration"] = trajectory(pair, episode.states[0], episode.actions)
+            result["trajectories"] = rows
+        if "flags" in parts:
+            states = boundary_states(task, np.random.default_rng(task.index), args.states)
+            if episode is not None:
+                last = [episode.final_state] if episode.final_state is not None else []
+                states = np.concatenate([states, episode.states[-4:], *[row[None] for row in last]])
+            result["flags"] = flag_comparison(pair, states)
+        pair.libero.close()
+        pair.env.close()
+    return {**result, "demonstration": episode is not None, "seconds": round(time.time() - start, 1)}
+
+
+def _job(job):
+    task_id, parts, args = job
+    try:
+        return task_id, compare(task_id, parts, args)
+    except UserError:
+        raise
+    except Exception as error:  # one task must not end a run of an hour
+        return task_id, {"error": f"{type(error).__name__}: {error}"}
+
+
+def report(tasks: dict[str, dict]) -> str:
+    """The results as markdown."""
+    lines = []
+    rows = [(t, name, r) for t, result in tasks.items() for name, r in result.get("trajectories", {}).items()]
+    if rows:
+        lines = ["| task | trajectory | steps | free steps | difference: free | all | flags equal | successes |", "|---" * 8 + "|"]
+        for task_id, name, r in rows:
+            equal = "yes" if r["flags_equal"] else f"no, at {r['flags_unequal_at']}"
+            numbers = f"{r['steps']} | {r['free_steps']} | {r['free']:.1e} | {r['all']:.1e}"
+            lines.append(f"| {task_id} | {name} | {numbers} | {equal} | {r['successes']} |")
+        free, largest = (max(r[key] for _, _, r in rows) for key in ("free", "all"))
+        below = np.mean([d < 1e-6 for _, _, r in rows for d in r["differences"]])
+        steps, unequal = sum(r["steps"] for _, _, r in rows), sum(len(r["flags_unequal_at"]) for _, _, r in rows)
+        lines += [
+            "",
+            f"{len(rows)} trajectories of {len({t for t, _, _ in rows})} tasks. Largest qpos difference: {free:.1e} while the robot has "
+            f"touched nothing, {largest:.1e} over all steps, of which {below:.1%} are below 1e-6. "
+            f"Success flags equal at {steps - unequal} of {steps} steps. Robot observations in the last states differ by "
+            f"{max(r['proprioception'] for _, _, r in rows):.1e} at most.",
+            "",
+        ]
+    flagged = {t: r["flags"] for t, r in tasks.items() if "flags" in r}
+    if flagged:
+        lines += ["| flag | tasks | evaluations: true | false | unequal |", "|---" * 5 + "|"]
+        for name in sorted({name for r in flagged.values() for name in r["predicates"]}):
+            counts = [r["predicates"][name] for r in flagged.values() if name in r["predicates"]]
+            true, false, unequal = (sum(c[key] for c in counts) for key in ("positive", "negative", "unequal"))
+            lines.append(f"| {name} | {len(counts)} | {true} | {false} | {unequal} |")
+        wrong = [t for t, r in flagged.items() if any(c["unequal"] for c in r["predicates"].values())]
+        states, solved = [r["states"] for r in flagged.values()], sum(r["successful_states"] > 0 for r in flagged.values())
+        lines += [
+            "",
+            f"{len(flagged)} tasks, {min(states)} to {max(states)} states each, each evaluated twice; in {solved} tasks some are "
+            f"successful. Flags differ in {len(wrong)} tasks{': ' if wrong else ''}{', '.join(wrong)}.",
+            "",
+        ]
+    models = [t for t, r in tasks.items() if r.get("model_differences")]
+    listed = f"{': ' if models else ''}{', '.join(models)}"
+    lines.append(f"Compiled models differ from LIBERO's (textures aside) in {len(models)} of {len(tasks)} tasks{listed}.")
+    return "\n".join([*lines, *(f"FAILED {t}: {r['error']}" for t, r in tasks.items() if "error" in r)])
+
+
+def main() -> None:
+    import tyro
+
+    args = tyro.cli(Args)
+    if args.suite is not None and args.suite not in SUITES:
+        raise UserError(f"unknown suite {args.suite!r}; suites are {', '.join(SUITES)}")
+    args.assets = str(find_assets(args.assets))
+    given = [f"{suite}/{index}" for suite, index in map(resolve, args.tasks)]
+    everything = [f"{suite}/{i}" for suite in SUITES for i in range(len(task_names()[suite]))]
+    parts = {t: [] for t in given or everything if args.suite is None or t.startswith(args.suite + "/")}
+    for task_id, wanted in parts.items():
+        if args.part in ("trajectories", "all") and (given or task_id in TRAJECTORY_TASKS):
+            wanted.append("trajectories")
+        if args.part in ("flags", "all"):
+            wanted.append("flags")
+    parts = {t: tuple(w) for t, w in parts.items() if w}
+    if not parts:
+        raise UserError(f"no task to compare: --suite {args.suite} has none of --tasks {' '.join(args.tasks)}")
+
+    settings = {"steps": args.steps, "states": args.states, "demos": args.demos, "versions": versions()}
+    settings["versions"].pop("revision")
+    tasks: dict[str, dict] = {}
+    if args.json is not None and args.json.exists():
+        try:
+            stored = json.loads(args.json.read_text())
+            tasks = {t: r for t, r in stored["tasks"].items() if stored["settings"] == settings and "error" not in r}
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise UserError(f"{args.json} is not a file that this command wrote; move it away or choose another --json") from error
+    jobs = [(t, w, args) for t, w in parts.items() if not set(w) <= set(tasks.get(t, {}))]
+
+    progress = Progress()
+    progress.stage("fidelity", len(parts), done=len(parts) - len(jobs))
+    processes = args.processes or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    # Fresh processes: LIBERO changes numpy's global generator and leaks a model at every reset.
+    with multiprocessing.get_context("spawn").Pool(min(processes, max(1, len(jobs))), maxtasksperchild=8) as pool:
+        for task_id, result in pool.imap_unordered(_job, jobs):
+            tasks[task_id] = result
+            progress.update(1, f"{task_id} {result.get('seconds', '')} s {result.get('error', '')}")
+            if args.json is not None:
+                write_json(args.json, {"settings": settings, "revision": versions()["revision"], "tasks": dict(sorted(tasks.items()))})
+    progress.close()
+    tasks = {t: tasks[t] for t in parts}
+    print(report(tasks))
+    if any("error" in r for r in tasks.values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,164 @@
+"""What comes before and after the learning in every RL script: demonstrations, evaluation, the corpus and its pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common import metrics, plots
+from common.data import Episode, Recorder, read_episodes, write_episodes
+from common.env import LiberoVectorEnv, StateObservation, observe_states
+from common.runs import Progress, versions
+from common.tasks import Task, find_human_demos
+
+Policy = Callable[[np.ndarray, np.ndarray], np.ndarray]  # observations (N, obs_size), patterns (N,) -> actions (N, 7)
+
+
+def load_demos(demos: str, task: Task, num_demos: int, noise: float, seed: int, progress: Progress) -> tuple[list[Episode], str]:
+    """Successful demonstrations and where they come from, which every output records.
+
+    Args:
+        demos: "auto" (LIBERO's human files if they are on disk, else scripted), "scripted", or a file in LIBERO's layout.
+        num_demos, noise, seed: of scripted demonstrations, which are generated once and cached.
+    """
+    path = find_human_demos(task) if demos == "auto" else None if demos == "scripted" else Path(demos)
+    if path is None:
+        from common.demonstrator import load_or_collect
+
+        progress.say(f"demonstrations: {num_demos} scripted, action noise {noise}")
+        return load_or_collect(task, num_demos, seed=seed, noise=noise), "scripted"
+    episodes = [e for e in read_episodes(path, task) if e.success]
+    progress.say(f"demonstrations: {len(episodes)} from {path}")
+    return episodes, str(path)
+
+
+def roll_out(env: LiberoVectorEnv, policy: Policy, jobs: Sequence[tuple[int, int]], tick: Callable[[Episode], None]) -> list[Episode]:
+    """Run one episode for each job (pattern, official init state, or -1 for a training reset) in an env without autoreset.
+
+    Returns the episodes in the order of the jobs, failures included; `tick(episode)` is called as each one ends.
+    """
+    todo, episodes = list(range(len(jobs)))[::-1], [None] * len(jobs)
+    recorder = Recorder(env)
+    current = np.full(env.num_envs, -1)  # the job of each environment, -1: none left
+    patterns = np.zeros(env.num_envs, np.int64)
+    official = len(jobs) > 0 and jobs[0][1] >= 0
+
+    def assign(envs: np.ndarray) -> np.ndarray:
+        """Give each of `envs` the next job and reset it; returns all observations."""
+        for i in envs:
+            current[i] = todo.pop() if todo else -1
+            patterns[i] = jobs[current[i]][0] if current[i] >= 0 else 0
+        options = {"reset_mask": np.isin(np.arange(env.num_envs), envs)}
+        if official:
+            options["init_state"] = np.array([jobs[j][1] if j >= 0 else 0 for j in current])
+        return env.reset(options=options)[0]
+
+    obs = assign(np.arange(env.num_envs))
+    while (current >= 0).any():
+        actions = policy(obs, patterns)
+        recorder.before()
+        obs, _, terminated, truncated, _ = env.step(actions)
+        for i, episode in recorder.after(actions, terminated, truncated):
+            if current[i] >= 0:
+                pattern, init_state = jobs[current[i]]
+                episode.attrs.update(pattern=int(pattern), init_state=int(init_state))
+                episodes[current[i]] = episode
+                tick(episode)
+        if (terminated | truncated).any():
+            obs = assign(np.flatnonzero(terminated | truncated))
+    return episodes
+
+
+def evaluate(
+    env: LiberoVectorEnv, policy: Policy, patterns: Sequence[int], init_states: int, progress: Progress, stage: str
+) -> tuple[list[dict], list[Episode]]:
+    """Each pattern on the first `init_states` official init states: rows for summary.json's `per_pattern`, and the episodes."""
+    jobs = [(z, i) for z in patterns for i in range(min(init_states, len(env.task.init_states)))]
+    progress.stage(stage, len(jobs))
+    outcomes: list[bool] = []
+
+    def tick(episode: Episode) -> None:
+        outcomes.append(episode.success)
+        progress.update(1, f"success {np.mean(outcomes):.0%}")
+
+    episodes = roll_out(env, policy, jobs, tick)
+    rows = []
+    for z in patterns:
+        mine = [e for e in episodes if e.attrs["pattern"] == z]
+        lengths = [e.length for e in mine if e.success]
+        rate = float(np.mean([e.success for e in mine]))
+        rows.append({"pattern": z, "success_rate": rate, "episodes": len(mine), "mean_length": np.mean(lengths) if lengths else None})
+    return rows, episodes
+
+
+def collect_corpus(
+    env: LiberoVectorEnv, policy: Policy, patterns: Sequence[int], each: int, seed: int, script: str, progress: Progress
+) -> list[Episode]:
+    """Successful episodes from training resets, `each` a pattern, in at most four times as many tries; sorted by pattern."""
+    env.reset(seed=seed)
+    corpus: list[Episode] = []
+    progress.stage("roll out", each * len(patterns))
+    for _ in range(4):
+        missing = {z: each - sum(e.attrs["pattern"] == z for e in corpus) for z in patterns}
+        jobs = [(z, -1) for z in patterns for _ in range(missing[z])]
+        if jobs:
+            corpus += [e for e in roll_out(env, policy, jobs, lambda e: progress.update(int(e.success))) if e.success]
+    for episode in corpus:
+        episode.attrs.update(source=script, seed=seed)
+    return sorted(corpus, key=lambda e: e.attrs["pattern"])
+
+
+def write_corpus(run: Path, task: Task, corpus: list[Episode], script: str, demos: str) -> None:
+    """Write RUN/corpus.hdf5 in LIBERO's layout, with where it comes from."""
+    attrs = {"script": script, "assets": task.assets, "demos": demos}
+    attrs |= {f"version_{name.replace('-', '_')}": value for name, value in versions().items()}
+    write_episodes(run / "corpus.hdf5", corpus, task, attrs)
+
+
+def trajectory_observations(task: Task, episode: Episode) -> np.ndarray:
+    """(T + 1, obs_size) state observations of an episode, the state after its last action included."""
+    final = [] if episode.final_state is None else [episode.final_state]
+    return observe_states(task, np.vstack([episode.states, *final]))
+
+
+def path_features(task: Task, episodes: Sequence[Episode]) -> list[np.ndarray]:
+    """(T, 3 + 3 n) metres: where the hand and the goal's movable objects are; what diversity is measured on."""
+    free = [task.objects[o.name].joint_qpos for o in StateObservation(task).objects]
+    after = [np.vstack([e.states[1:], e.final_state]) for e in episodes]  # proprioception is what followed each action
+    return [metrics.trajectory_features(e.proprio["ee_pos"], s, free) for e, s in zip(episodes, after, strict=True)]
+
+
+def plot_corpus(run: Path, task: Task, features: list[np.ndarray], patterns: Sequence[int], distances: np.ndarray) -> None:
+    """RUN/figures: the paths over each other, their pairwise DTW matrix, a map of them."""
+    plots.plot_paths(run / "figures" / "paths.png", features, patterns, task.language)
+    plots.plot_dtw(run / "figures" / "dtw.png", distances, patterns, task.language)
+    plots.plot_map(run / "figures" / "map.png", features, patterns, task.language)
+
+
+def find_renderer(wanted: bool, progress: Progress) -> str | None:
+    """The renderer that videos will come from, found before the work starts; None, with the reason said, if there is none."""
+    if not wanted:
+        return None
+    from common import render
+
+    possible, reason = render.available()
+    if not possible:
+        progress.say(f"no videos: {reason}")
+    return "warp" if possible else None
+
+
+def make_videos(run: Path, task: Task, corpus: list[Episode], renderer: str | None, progress: Progress) -> None:
+    """RUN/videos/pattern_K.mp4: the first successful trajectory of each pattern, seen by agentview."""
+    if renderer is None:
+        return
+    from common import render
+
+    chosen = {e.attrs["pattern"]: e for e in reversed(corpus)}
+    progress.stage("videos", len(chosen))
+    camera = render.make_renderer(task.model, cameras=("agentview",), width=256, height=256, renderer=renderer)
+    for pattern, episode in sorted(chosen.items()):
+        frames = camera.render(episode.states[:, 1 : 1 + task.model.nq])["agentview"]
+        render.write_video(run / "videos" / f"pattern_{pattern}.mp4", frames)
+        progress.update(1)

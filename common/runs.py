@@ -1,0 +1,151 @@
+"""A run's folder, checkpoints and progress: what the scripts share and no algorithm depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.cli import UserError, atomic_path
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on, and the git revision of the code."""
+    packages = ("torch", "numpy", "mujoco", "hf-libero", "robosuite", "gymnasium")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    root = Path(__file__).resolve().parent.parent
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+        revision = git.stdout.strip()
+    except FileNotFoundError:
+        revision = ""
+    return {"python": platform.python_version(), **found, "revision": revision or "unknown"}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all; nan and infinities become null."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {str(k): plain(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        if isinstance(value, np.ndarray):
+            return plain(value.tolist())
+        if isinstance(value, np.generic):
+            return plain(value.item())
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(plain(content), indent=2) + "\n")
+
+
+def make_run(folder: str, task_name: str, script: str, args) -> Path:
+    """Create `folder/{task}__{script}__{seed}__{time}` for a new run."""
+    run = Path(folder) / f"{task_name.replace('/', '-')}__{script}__{args.seed}__{int(time.time())}"
+    run.mkdir(parents=True, exist_ok=False)
+    return run
+
+
+def resumed_args(run: Path, script: str, args):
+    """The arguments of the run in folder `run`; a flag given now that differs from the run's is an error."""
+    try:
+        config = json.loads((run / "config.json").read_text())
+        stored = dict(config["args"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run} is not a run folder that can be resumed: no readable config.json in it") from error
+    if config.get("script") != script:
+        raise UserError(f"{run} is a run of {config.get('script')}, not of {script}; resume it with that script")
+    defaults = {f.name: f.default for f in dataclasses.fields(args)}
+    for name, value in dataclasses.asdict(args).items():
+        if name != "resume" and value != defaults[name] and value != stored.get(name, defaults[name]):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{run} was started with {flag} {stored.get(name)}, not {value}; resume it without {flag}, or start a new run")
+    known = {name: value for name, value in stored.items() if name in defaults}
+    return dataclasses.replace(args, **{**known, "resume": str(run)})
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Write a checkpoint of tensors, numbers, strings, arrays and containers of these, whole or not at all."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(plain(v) for v in value)
+        if isinstance(value, np.ndarray):  # so that loading needs no pickled classes
+            return torch.from_numpy(value.copy())
+        return value.item() if isinstance(value, np.generic) else value
+
+    with atomic_path(path) as temporary:
+        torch.save(plain(content), temporary)
+
+
+def load_checkpoint(path: Path, script: str) -> dict:
+    """Read a checkpoint of `script` without running any code in it."""
+    try:
+        content = torch.load(path, weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist: the run was stopped before its first checkpoint; start it again") from error
+    except Exception as error:  # torch raises many kinds on foreign and truncated files
+        raise UserError(f"{path} is not a readable checkpoint (damaged or truncated): {str(error).splitlines()[0][:120]}") from error
+    if not isinstance(content, dict) or content.get("script") != script:
+        other = content.get("script") if isinstance(content, dict) else None
+        raise UserError(f"{path} is a checkpoint of {other or 'another program'}, not of {script}")
+    return content
+
+
+class Progress:
+    """One progress bar over a run's stages, or a plain line every few seconds where there is no terminal."""
+
+    def __init__(self, interval: float = 10.0):
+        self.interval, self.start, self.last = interval, time.time(), 0.0
+        self.terminal = sys.stderr.isatty()
+        self.bar = None
+        self.stage_name = ""
+
+    def stage(self, name: str, total: int, done: int = 0) -> None:
+        """Begin a stage of `total` units of work."""
+        from tqdm import tqdm
+
+        self.close()
+        self.stage_name, self.total, self.done, self.stage_start, self.first = name, max(1, total), done, time.time(), done
+        self.last = 0.0
+        if self.terminal:
+            form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+            self.bar = tqdm(total=self.total, initial=done, desc=name, bar_format=form, dynamic_ncols=True, leave=False)
+
+    def update(self, amount: int = 1, note: str = "") -> None:
+        """`amount` units more are done; `note` is what to show beside them."""
+        self.done += amount
+        if self.bar is not None:
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(amount)
+        elif time.time() - self.last >= self.interval:
+            self.last = time.time()
+            spent = self.last - self.stage_start
+            left = spent / max(1, self.done - self.first) * (self.total - self.done)
+            self.say(f"{self.stage_name} {self.done / self.total:4.0%}  {note}  {left:.0f} s left")
+
+    def say(self, line: str) -> None:
+        """Print a line without tearing the bar."""
+        line = f"[{time.time() - self.start:6.0f} s] {line}"
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

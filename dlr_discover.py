@@ -1,0 +1,807 @@
+"""Discover, Learn, Reinforce (arXiv 2511.19528): several distinct, successful ways of doing a task, as a corpus for VLAs.
+
+Policy-gradient RL maximises success and collapses to one way of doing a task. This script keeps K ways apart:
+
+1. Discover: a variational autoencoder with a categorical latent finds K patterns z in successful demonstrations.
+2. Learn: behaviour cloning of a policy pi(a | s, z) on the demonstrations, each labelled with its pattern.
+3. Reinforce: PPO on the sparse success reward alone, one pattern an episode, all patterns together.
+
+Then it rolls the patterns out and writes the successful trajectories in LIBERO's HDF5 layout.
+
+    python dlr_discover.py --num-patterns 8
+    python dlr_discover.py --resume runs/RUN
+
+docs/dlr_discover.md explains every metric and implementation detail.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from gymnasium.vector import AutoresetMode
+from scipy.spatial.distance import cdist
+from torch import nn
+from torch.distributions import Categorical, Laplace, Normal
+from torch.utils.tensorboard import SummaryWriter
+
+from common import metrics, plots, rollout
+from common.cli import UserError, run_command
+from common.data import Episode
+from common.env import LiberoVectorEnv, make_env, observe_states
+from common.networks import Normalizer, mlp
+from common.runs import Progress, load_checkpoint, make_run, resumed_args, save_checkpoint, versions, write_json
+from common.tasks import load_task
+
+
+@dataclasses.dataclass
+class Args:
+    """Discover K patterns in demonstrations of a LIBERO task, learn them, reinforce each, and write a corpus."""
+
+    task: str = "libero_90/KITCHEN_SCENE1_put_the_black_bowl_on_the_plate"
+    """a LIBERO task: suite/index, suite/name, or any part of a name that is unique"""
+    assets: str | None = None
+    """LIBERO's asset folder (default: $LIBERO_ASSETS, else LIBERO's own)"""
+    seed: int = 1
+    """seed of everything that is random"""
+    resume: str | None = None
+    """go on with the run in this folder, exactly where its last checkpoint left it"""
+    run_folder: str = "runs"
+    """where runs are written"""
+    num_envs: int = 32
+    """parallel environments"""
+    torch_threads: int = 2
+    """threads of the learner (results are reproducible for a fixed number)"""
+    checkpoint_interval: int = 5
+    """PPO iterations between checkpoints: what a kill can lose at most"""
+    videos: bool = True
+    """one video a pattern, where pictures can be rendered"""
+
+    # Demonstrations
+    demos: str = "auto"
+    """auto (LIBERO's human files if they are on disk, else scripted), scripted, or an HDF5 file in LIBERO's layout"""
+    num_demos: int = 200
+    """scripted demonstrations to generate (cached)"""
+    demo_noise: float = 0.1
+    """action noise of scripted demonstrations (standard deviation, in units of the action range)"""
+
+    # Discover
+    num_patterns: int | Literal["auto"] = 8
+    """K, or auto: the K from 2 to 12 with the best silhouette"""
+    label_level: Literal["trajectory", "state"] = "trajectory"
+    """whether a whole demonstration has one pattern, or each of its states its own"""
+    vib_beta: float = 0.02
+    """weight of KL(q(z|s) || p(z)), the variational information bottleneck"""
+    discover_steps: int = 400
+    """gradient steps of the autoencoder"""
+    discover_points: int = 32
+    """states a demonstration is resampled to, evenly along the hand's path"""
+
+    # Learn
+    learn_epochs: int = 150
+    """at most so many epochs of behaviour cloning"""
+    learn_patience: int = 15
+    """stop after so many epochs without a better held-out loss"""
+    learn_batch: int = 512
+    """transitions a gradient step of behaviour cloning"""
+    learn_lr: float = 1e-3
+    """learning rate of behaviour cloning"""
+    hidden: int = 256
+    """width of the hidden layers"""
+
+    # Reinforce
+    total_steps: int = 300_000
+    """environment steps of PPO"""
+    num_steps: int = 128
+    """steps an environment takes between updates"""
+    gamma: float = 0.99
+    """discount: success at step T is worth gamma^(T-1)"""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation"""
+    actor_lr: float = 1e-4
+    """learning rate of the policy"""
+    critic_lr: float = 1e-3
+    """learning rate of the value function"""
+    update_epochs: int = 5
+    """passes over each rollout"""
+    num_minibatches: int = 8
+    """minibatches a pass"""
+    clip_coef: float = 0.2
+    """PPO's clip range"""
+    log_std_init: float = -1.6
+    """log of the policy's initial standard deviation in Reinforce"""
+    max_grad_norm: float = 0.5
+    """gradients are clipped to this norm"""
+    target_kl: float = 1.0
+    """E in Theorem 1: updates stop while KL(policy || Learn policy), in nats a step, is above it"""
+    step_kl: float = 0.03
+    """updates of one rollout stop when the policy has moved so far (nats) from the one that acted"""
+    critic_warmup: int = 3
+    """iterations in which only the value function learns"""
+    mi_coef: float = 0.0
+    """beta of the naive objective's bonus log q(z|s) - log p(z) (the paper's ablation; 0: off)"""
+    mi_on: Literal["success", "all"] = "all"
+    """pay the bonus at every step, or its sum at success"""
+    mi_encoder: Literal["frozen", "onpolicy"] = "frozen"
+    """q(z|s) of the bonus: Discover's, or one trained on the policy's own rollouts"""
+    curriculum: Literal["none", "reverse"] = "none"
+    """reverse: begin episodes in demonstration states near success, and earlier as success rises"""
+
+    # Roll out
+    eval_episodes: int = 50
+    """official init states to evaluate each pattern on (at most 50)"""
+    corpus_episodes: int = 20
+    """successful trajectories a pattern in the corpus"""
+
+
+# ---------------------------------------------------------------------------------------------- Discover
+
+
+def pattern_features(obs: np.ndarray, layout: dict[str, slice]) -> np.ndarray:
+    """(T, obs_size) state observations -> (T, F) metres, what a way of doing the task looks like: where the hand is, how it is
+    turned (as the displacement of a point 10 cm from it), and where the goal's objects, regions and joints are from it.
+    """
+    columns = [obs[:, layout["eef_pos"]], 0.1 * obs[:, layout["eef_rot"]]]
+    return np.hstack(columns + [obs[:, rows] for name, rows in layout.items() if name.endswith("_to_eef")])
+
+
+def along_path(obs: np.ndarray, layout: dict[str, slice], points: int) -> np.ndarray:
+    """(points, obs_size): the states at equal distances along the hand's path, so that hesitation does not count as a pattern."""
+    moved = np.linalg.norm(np.diff(obs[:, layout["eef_pos"]], axis=0), axis=1)
+    distance = np.concatenate([[0.0], np.cumsum(moved + 1e-4)])  # metres; the small term keeps it rising while the hand rests
+    at = np.linspace(0.0, distance[-1], points)
+    return np.stack([np.interp(at, distance, column) for column in obs.T], axis=1).astype(np.float32)
+
+
+class PatternEncoder(nn.Module):
+    """q_phi(z | s): state observation -> log-probabilities of K patterns."""
+
+    def __init__(self, obs_size: int, num_patterns: int, hidden: int = 128):
+        super().__init__()
+        self.normalizer = Normalizer(obs_size)
+        self.net = mlp([obs_size, hidden, hidden, num_patterns], out_std=0.01)
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        """(..., obs_size) -> (..., K) log q(z | s)."""
+        return torch.log_softmax(self.net(self.normalizer(obs)), dim=-1)
+
+    @torch.no_grad()
+    def recognise(self, obs: np.ndarray) -> int:
+        """The pattern of a trajectory given by `along_path`, (points, obs_size): argmax_z sum_t log q(z | s_t)."""
+        return int(self(torch.as_tensor(obs)).sum(0).argmax())
+
+
+class StateDecoder(nn.Module):
+    """p_psi(s | z, u): Laplace around each pattern's typical state at progress u along the path, with shared scales.
+
+    The paper's decoder is p(s | z). With one pattern for a whole trajectory, the centre moves along the path: otherwise z
+    would encode how far the episode has come instead of how it is done. `points` = 1 gives p(s | z). Laplace's heavier
+    tails keep a demonstration that strayed from claiming a pattern for itself.
+    """
+
+    def __init__(self, centres: torch.Tensor):
+        super().__init__()
+        self.centres = nn.Parameter(centres.clone())  # (K, points or 1, F)
+        self.log_scale = nn.Parameter(torch.full((centres.shape[-1],), math.log(0.03)))  # metres
+
+    def log_prob(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, points, F) -> (N, points, K) log p(s | z, u), averaged over the F dimensions."""
+        log_p = [Laplace(centre, self.log_scale.exp()).log_prob(x).mean(-1) for centre in self.centres]
+        return torch.stack(log_p, dim=-1)
+
+
+def elbo(log_q: torch.Tensor, log_p: torch.Tensor, beta: float, level: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """E_q[log p(s|z)] - beta KL(q(z|s) || p(z)) with uniform p(z); the expectation is exact, as z is discrete.
+
+    Args:
+        log_q, log_p: (N, points, K) log q(z | s_t) and log p(s_t | z).
+        level: "state" takes the expectation under each state's q(z | s_t); "trajectory" under the product of experts
+            q(z | tau) ~ prod_t q(z | s_t), whose argmax is the trajectory label argmax_z sum_t log q(z | s_t).
+
+    Returns: the ELBO, a mean over states; log q of the labels, (N, points, K) or (N, 1, K).
+    """
+    kl = (log_q.exp() * (log_q + math.log(log_q.shape[-1]))).sum(-1)
+    log_label = torch.log_softmax(log_q.sum(1, keepdim=True), dim=-1) if level == "trajectory" else log_q
+    reconstruction = (log_label.exp() * log_p).sum(-1)
+    return (reconstruction - beta * kl).mean(), log_label
+
+
+def seed_patterns(x: np.ndarray, num_patterns: int, rng: np.random.Generator, restarts: int) -> tuple[np.ndarray, np.ndarray]:
+    """k-medians from k-means++ seeds (Arthur & Vassilvitskii 2007), the best of `restarts`: where the autoencoder starts.
+
+    From random weights the ELBO ends in one of many local optima, where one pattern holds two ways and another none.
+
+    Args: x (N, F). Returns: labels (N,), each of the K at least once, and centres (K, F).
+    """
+    best, best_cost = None, np.inf
+    for _ in range(restarts):
+        centres = x[[rng.integers(len(x))]]
+        while len(centres) < num_patterns:
+            nearest = cdist(x, centres).min(axis=1) ** 2
+            if nearest.sum() == 0:
+                raise UserError(f"the demonstrations have only {len(centres)} distinct trajectories; choose a smaller --num-patterns")
+            centres = np.vstack([centres, x[rng.choice(len(x), p=nearest / nearest.sum())]])
+        labels = None
+        for _ in range(50):
+            distances = cdist(x, centres, "cityblock")
+            previous, labels = labels, distances.argmin(axis=1)
+            if previous is not None and (labels == previous).all():
+                break
+            centres = np.stack([np.median(x[labels == k], axis=0) if (labels == k).any() else centres[k] for k in range(num_patterns)])
+        cost = distances.min(axis=1).sum()
+        if len(np.unique(labels)) == num_patterns and cost < best_cost:
+            best, best_cost = (labels, centres), cost
+    if best is None:
+        raise UserError(f"the demonstrations do not fall into {num_patterns} patterns; choose a smaller --num-patterns")
+    return best
+
+
+def discover(args: Args, paths: np.ndarray, layout: dict[str, slice], num_patterns: int, tick: Callable | None = None):
+    """Fit the autoencoder to demonstrations given by `along_path`, (N, points, obs_size).
+
+    Returns: the frozen encoder, and the labels, (N, points) ints, constant over a demonstration at trajectory level.
+    """
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    num, points, obs_size = paths.shape
+    features = np.stack([pattern_features(path, layout) for path in paths])  # (N, points, F)
+    if args.label_level == "trajectory":
+        seeds, centres = seed_patterns(features.reshape(num, -1), num_patterns, rng, restarts=100)
+        seeds, centres = np.repeat(seeds[:, None], points, axis=1), centres.reshape(num_patterns, points, -1)
+    else:
+        seeds, centres = seed_patterns(features.reshape(num * points, -1), num_patterns, rng, restarts=3)
+        seeds, centres = seeds.reshape(num, points), centres[:, None]
+    obs, x, seeds = torch.as_tensor(paths), torch.as_tensor(features), torch.as_tensor(seeds)
+    encoder = PatternEncoder(obs_size, num_patterns)
+    encoder.normalizer.fit(paths.reshape(-1, obs_size))
+    decoder = StateDecoder(torch.as_tensor(centres, dtype=torch.float32))
+    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=1e-3)
+    for step in range(args.discover_steps):
+        rows = torch.randperm(num)[:64]
+        noisy = obs[rows] + 0.1 * encoder.normalizer.std * torch.randn_like(obs[rows])  # rollouts will not match exactly
+        log_q = encoder(noisy)
+        bound, log_label = elbo(log_q, decoder.log_prob(x[rows]), args.vib_beta, args.label_level)
+        loss = -bound
+        if step < args.discover_steps // 4:  # guard against dead patterns: the encoder starts from the seeds
+            loss = loss + nn.functional.nll_loss(log_q.flatten(0, 1), seeds[rows].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if tick is not None and step % 20 == 0:
+            usage = log_label.exp().mean((0, 1))
+            tick(step, {"discover/elbo": bound.item(), "discover/pattern_entropy": Categorical(usage).entropy().item()})
+    if args.label_level == "trajectory":
+        labels = np.array([[encoder.recognise(path)] * points for path in paths])
+    else:
+        labels = encoder(obs).argmax(-1).numpy()
+    return encoder.requires_grad_(False), labels
+
+
+def label_states(args: Args, encoder: PatternEncoder, demos: list[np.ndarray], labels: np.ndarray) -> list[np.ndarray]:
+    """The pattern of each state of each demonstration (T_i, obs_size): the episode's, or at state level argmax q(z | s)."""
+    if args.label_level == "trajectory":
+        return [np.full(len(obs), row[0]) for obs, row in zip(demos, labels, strict=True)]
+    return [encoder(torch.as_tensor(obs)).argmax(-1).numpy() for obs in demos]
+
+
+def episode_pattern(labels: np.ndarray) -> int:
+    """The pattern of an episode: its label, or at state level its most frequent one."""
+    return int(np.bincount(labels).argmax())
+
+
+def choose_num_patterns(args: Args, paths: np.ndarray, layout: dict[str, slice], say: Callable[[str], None]) -> int:
+    """K from 2 to 12 with the largest mean silhouette (Rousseeuw 1987) of the discovered labels.
+
+    The silhouette of a demonstration is (b - a) / max(a, b): a is its mean distance to the others of its pattern, b to those
+    of the nearest other pattern. The ELBO can't choose: it keeps rising with K, as further patterns split one way of
+    doing the task by where its objects stood.
+    """
+    features = np.stack([pattern_features(path, layout).ravel() for path in paths])
+    distances = cdist(features, features, "cityblock")
+    scores = {}
+    for k in range(2, min(12, len(paths) // 2) + 1):
+        labels = [episode_pattern(rows) for rows in discover(args, paths, layout, k)[1]]
+        scores[k] = metrics.silhouette(distances, labels)
+        say(f"Discover: K = {k}, silhouette {scores[k]:.3f}")
+    return max(scores, key=scores.get)
+
+
+# ---------------------------------------------------------------------------------------------- the policy
+
+
+class Agent(nn.Module):
+    """pi_theta(a | s, z), a diagonal Gaussian, and V(s, z). The gripper is an action dimension of which LIBERO takes the sign."""
+
+    def __init__(self, obs_size: int, num_patterns: int, hidden: int, action_size: int = 7):
+        super().__init__()
+        self.num_patterns = num_patterns
+        self.normalizer = Normalizer(obs_size)
+        self.actor = mlp([obs_size + num_patterns, hidden, hidden, hidden, action_size], out_std=0.01)
+        self.critic = mlp([obs_size + num_patterns, hidden, hidden, 1], out_std=1.0)
+        self.log_std = nn.Parameter(torch.full((action_size,), -1.6))
+
+    def inputs(self, obs: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.normalizer(obs), nn.functional.one_hot(z, self.num_patterns)], dim=-1)
+
+    def policy(self, obs: torch.Tensor, z: torch.Tensor) -> Normal:
+        """obs (N, obs_size), z (N,) -> distribution of actions (N, 7)."""
+        mean = self.actor(self.inputs(obs, z))
+        return Normal(mean, self.log_std.clamp(-4.0, 0.5).exp().expand_as(mean))
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, z: np.ndarray) -> np.ndarray:
+        """The mean action of each environment, (N, 7) in [-1, 1]."""
+        return self.policy(torch.as_tensor(obs), torch.as_tensor(z)).mean.clamp(-1, 1).numpy()
+
+    def value(self, obs: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return self.critic(self.inputs(obs, z)).squeeze(-1)
+
+
+# ---------------------------------------------------------------------------------------------- Learn
+
+
+def learn(args: Args, agent: Agent, demos: list[np.ndarray], actions: list[np.ndarray], labels: list[np.ndarray], tick: Callable):
+    """Behaviour cloning: maximise log pi(a | s, z) on the labelled demonstrations.
+
+    A tenth of each pattern's episodes is held out; the weights of the best held-out loss are kept, and training stops
+    after `learn_patience` epochs without a better one. `tick(epoch, losses)` is called after each epoch.
+    """
+    torch.manual_seed(args.seed + 1)
+    agent.normalizer.fit(np.concatenate(demos))
+    patterns = np.array([episode_pattern(rows) for rows in labels])
+    held_out = np.zeros(len(demos), bool)
+    for k in np.unique(patterns):
+        members = np.flatnonzero(patterns == k)
+        held_out[members[: max(1, len(members) // 10)]] = len(members) > 1
+
+    def tensors(mask):
+        chosen = [(o, a, z) for o, a, z, m in zip(demos, actions, labels, mask, strict=True) if m]
+        columns = [np.concatenate(column) for column in zip(*chosen, strict=True)]
+        return [torch.as_tensor(c, dtype=t) for c, t in zip(columns, (torch.float32, torch.float32, torch.long), strict=True)]
+
+    obs, act, z = tensors(~held_out)
+    test_obs, test_act, test_z = tensors(held_out)
+    optimizer = torch.optim.Adam([*agent.actor.parameters(), agent.log_std], lr=args.learn_lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.learn_epochs, eta_min=args.learn_lr / 20)
+    best, best_loss, best_epoch = copy.deepcopy(agent.state_dict()), math.inf, 0
+    for epoch in range(args.learn_epochs):
+        total = 0.0
+        for batch in torch.randperm(len(obs)).split(args.learn_batch):
+            loss = -agent.policy(obs[batch], z[batch]).log_prob(act[batch]).sum(-1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(batch)
+        schedule.step()
+        with torch.no_grad():
+            test_loss = -agent.policy(test_obs, test_z).log_prob(test_act).sum(-1).mean().item()
+        tick(epoch, {"learn/train_loss": total / len(obs), "learn/held_out_loss": test_loss})
+        if test_loss < best_loss:
+            best, best_loss, best_epoch = copy.deepcopy(agent.state_dict()), test_loss, epoch
+        elif epoch - best_epoch >= args.learn_patience:
+            break
+    agent.load_state_dict(best)
+
+
+# ---------------------------------------------------------------------------------------------- Reinforce
+
+
+def gae(rewards, values, next_values, terminated, done, gamma: float, lam: float) -> torch.Tensor:
+    """Generalised advantage estimation (Schulman et al. 2016), all arguments (num_steps, num_envs).
+
+    `next_values` are V of the state that followed each action, also where a time limit cut the episode: truncation
+    bootstraps, termination doesn't. `done` is either; nothing flows back across it.
+    """
+    advantages, last = torch.zeros_like(rewards), torch.zeros(rewards.shape[1])
+    for t in reversed(range(len(rewards))):
+        delta = rewards[t] + gamma * next_values[t] * (1 - terminated[t]) - values[t]
+        last = advantages[t] = delta + gamma * lam * (1 - done[t]) * last
+    return advantages
+
+
+def normalise_per_pattern(advantages: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """Zero mean and unit variance within each pattern, so that a pattern that mostly fails doesn't drown in one that succeeds."""
+    out = torch.empty_like(advantages)
+    for k in z.unique():
+        rows = advantages[z == k]
+        out[z == k] = (rows - rows.mean()) / (rows.std(correction=0) + 1e-6)
+    return out
+
+
+def gaussian_kl(p: Normal, q: Normal) -> torch.Tensor:
+    """KL(p || q) summed over action dimensions, (N,)."""
+    return torch.distributions.kl_divergence(p, q).sum(-1)
+
+
+def ppo_update(args: Args, agent: Agent, reference: Agent, optimizer, batch: dict, train_actor: bool) -> dict[str, float]:
+    """One PPO update (Schulman et al. 2017) on a flattened rollout: obs, z, actions, log_probs, mean, std, advantages, returns.
+
+    The actor stops for this rollout when it has moved `step_kl` from the policy that acted, and while its divergence from
+    the Learn policy `reference` exceeds `target_kl`: Theorem 1's bound on how much of one pattern's gradient reaches another
+    rests on D_KL(pi_theta || pi_Learn) <= E.
+    """
+    size = len(batch["obs"])
+    logs: dict[str, list[float]] = {}
+    acted = Normal(batch["mean"], batch["std"])
+    for _ in range(args.update_epochs):
+        for rows in torch.randperm(size).split(size // args.num_minibatches):
+            obs, z = batch["obs"][rows], batch["z"][rows]
+            value_loss = 0.5 * (agent.value(obs, z) - batch["returns"][rows]).square().mean()
+            loss, row = value_loss, {"value_loss": value_loss.item()}
+            if train_actor:
+                policy = agent.policy(obs, z)
+                log_ratio = policy.log_prob(batch["actions"][rows]).sum(-1) - batch["log_probs"][rows]
+                ratio = log_ratio.exp()
+                advantages = batch["advantages"][rows]
+                clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+                policy_loss = -torch.min(advantages * ratio, advantages * clipped).mean()
+                with torch.no_grad():
+                    moved = gaussian_kl(policy, Normal(acted.loc[rows], acted.scale[rows])).mean().item()
+                    strayed = gaussian_kl(policy, reference.policy(obs, z)).mean().item()
+                row |= {
+                    "policy_loss": policy_loss.item(),
+                    "approx_kl": ((ratio - 1) - log_ratio).mean().item(),
+                    "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean().item(),
+                    "ratio": ratio.mean().item(),
+                    "kl_to_learn": strayed,
+                }
+                if moved > args.step_kl or strayed > args.target_kl:
+                    train_actor = False
+                else:
+                    loss = loss + policy_loss
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            optimizer.step()
+            for name, value in row.items():
+                logs.setdefault(name, []).append(value)
+    return {name: float(np.mean(values)) for name, values in logs.items()} | {"updates": len(logs.get("policy_loss", []))}
+
+
+class Curriculum:
+    """Reverse curriculum (Florensa et al. 2017): begin episodes near success, then earlier as success rises.
+
+    `progress` runs from 0 (the last fifth of a demonstration) to 1 (ordinary resets).
+    """
+
+    def __init__(self, demos: list[Episode], patterns: np.ndarray, rng: np.random.Generator):
+        self.demos, self.patterns, self.rng = demos, patterns, rng
+        self.progress = 0.0
+
+    def start(self, z: int) -> tuple[np.ndarray, float] | None:
+        """A demonstration state of pattern z and what the gripper was told there; None: reset as usual."""
+        members = np.flatnonzero(self.patterns == z)
+        if self.progress >= 1.0 or not len(members):
+            return None
+        episode = self.demos[self.rng.choice(members)]
+        earliest = 0.8 * (1.0 - self.progress)
+        t = int(episode.length * self.rng.uniform(earliest, 0.95))
+        return episode.states[t], float(episode.actions[max(0, t - 1), 6])
+
+    def update(self, success: float) -> None:
+        if success > 0.8:
+            self.progress = min(1.0, self.progress + 0.1)
+
+
+class Reinforce:
+    """PPO with all patterns together, one pattern an episode, warm-started from Learn; can be stopped and continued exactly."""
+
+    def __init__(self, args: Args, env: LiberoVectorEnv, agent: Agent, encoder: PatternEncoder, alive: list[int], curriculum=None):
+        self.args, self.env, self.agent, self.encoder = args, env, agent, encoder
+        self.alive, self.curriculum = np.array(alive), curriculum
+        self.reference = copy.deepcopy(agent).requires_grad_(False)  # the Learn policy
+        self.bonus_encoder = copy.deepcopy(encoder).requires_grad_(args.mi_encoder == "onpolicy")
+        with torch.no_grad():
+            agent.log_std.fill_(args.log_std_init)
+            self.reference.log_std.fill_(args.log_std_init)
+        self.optimizer = torch.optim.Adam(
+            [
+                {"params": [*agent.actor.parameters(), agent.log_std], "lr": args.actor_lr},
+                {"params": agent.critic.parameters(), "lr": args.critic_lr},
+            ],
+            eps=1e-5,
+        )
+        self.bonus_optimizer = torch.optim.Adam(self.bonus_encoder.parameters(), lr=1e-3)
+        self.num_iterations = max(1, args.total_steps // (args.num_steps * env.num_envs))
+        self.iteration = 0
+        self.rng = np.random.default_rng(args.seed + 2)
+        torch.manual_seed(args.seed + 2)
+        self.outcomes = [deque(maxlen=50) for _ in range(agent.num_patterns)]  # last episodes of each pattern
+        self.history: list[list[float]] = []  # environment steps, then success per pattern
+        self.z = self.rng.choice(self.alive, env.num_envs)
+        self.bonus_sums = np.zeros(env.num_envs)
+        self.obs, _ = env.reset(seed=args.seed)
+        self.begin(np.arange(env.num_envs))
+
+    def begin(self, envs: np.ndarray) -> None:
+        """New episodes have begun in `envs`: draw their patterns from p(z), and with the curriculum their start states."""
+        self.z[envs] = self.rng.choice(self.alive, len(envs))
+        self.bonus_sums[envs] = 0.0
+        if self.curriculum is not None:
+            starts = {i: start for i in envs if (start := self.curriculum.start(int(self.z[i]))) is not None}
+            if starts:
+                states, grippers = zip(*starts.values(), strict=True)
+                self.env.set_state(np.array(states), np.array(grippers), envs=np.array(list(starts)))
+                self.obs = self.env.observations()
+
+    def run_iteration(self) -> dict[str, float]:
+        """Roll out `num_steps` steps in every environment, then update. Returns what to log."""
+        args, env, agent = self.args, self.env, self.agent
+        shape = (args.num_steps, env.num_envs)
+        obs = torch.zeros(*shape, self.obs.shape[1])
+        next_obs, actions, means = torch.zeros_like(obs), torch.zeros(*shape, 7), torch.zeros(*shape, 7)
+        z = torch.zeros(shape, dtype=torch.long)
+        log_probs, rewards, terminated, done, bonus = (torch.zeros(shape) for _ in range(5))
+        lengths, log_k, began = [], math.log(len(self.alive)), time.perf_counter()
+        for t in range(args.num_steps):
+            obs[t], z[t] = torch.as_tensor(self.obs), torch.as_tensor(self.z)
+            with torch.no_grad():
+                policy = agent.policy(obs[t], z[t])
+                actions[t], means[t] = policy.sample(), policy.mean
+                log_probs[t] = policy.log_prob(actions[t]).sum(-1)
+            self.obs, reward, term, trunc, info = env.step(actions[t].clamp(-1, 1).numpy())
+            ended = term | trunc
+            followed = np.where(ended[:, None], info["final_obs"], self.obs) if ended.any() else self.obs
+            next_obs[t] = torch.as_tensor(followed)
+            rewards[t], terminated[t], done[t] = (torch.as_tensor(x.astype(np.float32)) for x in (reward, term, ended))
+            if args.mi_coef:
+                with torch.no_grad():  # r_div = log q(z|s) - log p(z)
+                    r_div = self.bonus_encoder(next_obs[t]).gather(1, z[t][:, None])[:, 0] + log_k
+                self.bonus_sums += r_div.numpy()
+                bonus[t] = r_div if args.mi_on == "all" else torch.as_tensor(self.bonus_sums * term, dtype=torch.float32)
+            for i in np.flatnonzero(ended):
+                self.outcomes[self.z[i]].append(float(term[i]))
+                lengths.append(int(info["final_length"][i]))
+            if ended.any():
+                self.begin(np.flatnonzero(ended))
+        rollout_seconds, began = time.perf_counter() - began, time.perf_counter()
+
+        rewards += args.mi_coef * bonus
+        with torch.no_grad():
+            values = agent.value(obs.flatten(0, 1), z.flatten()).reshape(shape)
+            next_values = agent.value(next_obs.flatten(0, 1), z.flatten()).reshape(shape)
+        advantages = gae(rewards, values, next_values, terminated, done, args.gamma, args.gae_lambda)
+        returns = (advantages + values).flatten()
+        batch = {
+            "obs": obs.flatten(0, 1),
+            "z": z.flatten(),
+            "actions": actions.flatten(0, 1),
+            "log_probs": log_probs.flatten(),
+            "mean": means.flatten(0, 1),
+            "std": agent.log_std.detach().clamp(-4.0, 0.5).exp().expand_as(means.flatten(0, 1)).clone(),
+            "advantages": normalise_per_pattern(advantages.flatten(), z.flatten()),
+            "returns": returns,
+        }
+        losses = ppo_update(args, agent, self.reference, self.optimizer, batch, train_actor=self.iteration >= args.critic_warmup)
+        if args.mi_coef and args.mi_encoder == "onpolicy":
+            for rows in torch.randperm(len(returns)).split(512):
+                loss = nn.functional.nll_loss(self.bonus_encoder(batch["obs"][rows]), batch["z"][rows])
+                self.bonus_optimizer.zero_grad()
+                loss.backward()
+                self.bonus_optimizer.step()
+        self.iteration += 1
+        success = [np.mean(o) if o else np.nan for o in self.outcomes]
+        mean_success = float(np.nanmean([success[k] for k in self.alive])) if any(self.outcomes) else 0.0
+        if self.curriculum is not None:
+            self.curriculum.update(mean_success)
+        self.history.append([self.env_steps, *success])
+        variance = returns.var()
+        charts = {
+            "charts/success": mean_success,
+            "charts/episodic_length": float(np.mean(lengths)) if lengths else np.nan,
+            "charts/rollout_seconds": rollout_seconds,
+            "charts/update_seconds": time.perf_counter() - began,
+            "charts/SPS": args.num_steps * env.num_envs / (rollout_seconds + time.perf_counter() - began),
+            "charts/policy_std": float(agent.log_std.detach().exp().mean()),
+            "losses/explained_variance": float(1 - (returns - values.flatten()).var() / variance) if variance > 0 else np.nan,
+        }
+        if args.mi_coef:
+            charts["charts/mi_bonus"] = float(bonus.mean())
+        if self.curriculum is not None:
+            charts["charts/curriculum"] = self.curriculum.progress
+        per_pattern = {f"patterns/success_{k}": success[k] for k in self.alive if self.outcomes[k]}
+        return charts | per_pattern | {f"losses/{name}": value for name, value in losses.items()}
+
+    @property
+    def env_steps(self) -> int:
+        return self.iteration * self.args.num_steps * self.env.num_envs
+
+    def state_dict(self) -> dict:
+        """Everything that the rest of the training depends on."""
+        return {
+            "agent": self.agent.state_dict(),
+            "reference": self.reference.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "bonus_encoder": self.bonus_encoder.state_dict(),
+            "bonus_optimizer": self.bonus_optimizer.state_dict(),
+            "iteration": self.iteration,
+            "history": self.history,
+            "outcomes": [list(o) for o in self.outcomes],
+            "z": self.z,
+            "bonus_sums": self.bonus_sums,
+            "env": self.env.snapshot(),
+            "rng": self.rng.bit_generator.state,
+            "torch_rng": torch.get_rng_state(),
+            "curriculum": None if self.curriculum is None else [self.curriculum.progress, self.curriculum.rng.bit_generator.state],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in ("agent", "reference", "optimizer", "bonus_encoder", "bonus_optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.iteration, self.history = state["iteration"], state["history"]
+        self.outcomes = [deque(o, maxlen=50) for o in state["outcomes"]]
+        self.z, self.bonus_sums = state["z"].numpy(), state["bonus_sums"].numpy()
+        self.rng.bit_generator.state = state["rng"]
+        if self.curriculum is not None:
+            self.curriculum.progress, self.curriculum.rng.bit_generator.state = state["curriculum"]
+        self.env.restore(state["env"])
+        self.obs = self.env.observations()
+        torch.set_rng_state(state["torch_rng"])
+
+
+# ---------------------------------------------------------------------------------------------- the whole job
+
+
+def main() -> None:
+    args = tyro.cli(Args)
+    run = None
+    if args.resume:
+        run = Path(args.resume)
+        args = resumed_args(run, "dlr_discover", args)
+    if isinstance(args.num_patterns, int) and args.num_patterns < 1:
+        raise UserError(f"--num-patterns must be at least 1, not {args.num_patterns}")
+    torch.set_num_threads(args.torch_threads)
+    began, progress = time.time(), Progress()
+    task = load_task(args.task, args.assets)
+    progress.say(f"task {task.id}: {task.language}")
+    renderer = rollout.find_renderer(args.videos, progress)
+    demos, demo_source = rollout.load_demos(args.demos, task, args.num_demos, args.demo_noise, args.seed, progress)
+    if isinstance(args.num_patterns, int) and args.num_patterns > len(demos):
+        raise UserError(f"--num-patterns {args.num_patterns} is more than the {len(demos)} demonstrations")
+    checkpoint = {"script": "dlr_discover", "stage": "start", "seconds": 0.0}
+    if run is None:
+        run = make_run(args.run_folder, task.id, "dlr_discover", args)
+        config = {"script": "dlr_discover", "args": dataclasses.asdict(args), "versions": versions()}
+        write_json(run / "config.json", config | {"assets": task.assets, "demos": demo_source, "renderer": renderer})
+        save_checkpoint(run / "checkpoint.pt", checkpoint)
+    else:
+        checkpoint = load_checkpoint(run / "checkpoint.pt", "dlr_discover")
+        progress.say(f"resuming after stage {checkpoint['stage']!r}")
+    progress.say(f"run folder {run}")
+    writer = SummaryWriter(str(run))
+    train_env = make_env(task, args.num_envs, seed=args.seed)
+    eval_env = make_env(task, args.num_envs, seed=args.seed, autoreset_mode=AutoresetMode.DISABLED)
+    demo_obs = [observe_states(task, e.states) for e in demos]
+    layout = train_env.obs_layout
+    paths = np.stack([along_path(obs, layout, args.discover_points) for obs in demo_obs])
+
+    def save(stage: str, **content) -> None:
+        nonlocal began
+        checkpoint.update(content, stage=stage, seconds=checkpoint["seconds"] + time.time() - began)
+        began = time.time()
+        save_checkpoint(run / "checkpoint.pt", checkpoint)
+
+    def log(values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    # 1. Discover
+    if checkpoint["stage"] == "start":
+        k = args.num_patterns if args.num_patterns != "auto" else choose_num_patterns(args, paths, layout, progress.say)
+        progress.stage("Discover", args.discover_steps)
+
+        def discover_tick(step: int, values: dict[str, float]) -> None:
+            log(values, step)
+            progress.update(20, f"ELBO {values['discover/elbo']:.3f}")
+
+        encoder, labels = discover(args, paths, layout, k, discover_tick)
+        save("discover", num_patterns=k, encoder=encoder.state_dict(), labels=labels)
+    k = checkpoint["num_patterns"]
+    labels = np.asarray(checkpoint["labels"])
+    encoder = PatternEncoder(demo_obs[0].shape[1], k).requires_grad_(False)
+    encoder.load_state_dict(checkpoint["encoder"])
+    patterns = np.array([episode_pattern(rows) for rows in labels])
+    alive = [int(z) for z in np.unique(patterns)]
+    strategies = [e.attrs.get("strategy", "") for e in demos]
+    recovery = metrics.adjusted_rand_index(patterns, strategies) if all(strategies) else None
+    counts = ", ".join(str(int((patterns == z).sum())) for z in alive)
+    truth = "" if recovery is None else f"; adjusted Rand index against the true strategies {recovery:.2f}"
+    progress.say(f"Discover: {len(alive)} of {k} patterns alive ({counts} demonstrations){truth}")
+
+    # 2. Learn
+    torch.manual_seed(args.seed + 1)
+    agent = Agent(demo_obs[0].shape[1], k, args.hidden)
+    if checkpoint["stage"] == "discover":
+        progress.stage("Learn", args.learn_epochs)
+
+        def learn_tick(epoch: int, values: dict[str, float]) -> None:
+            log(values, epoch)
+            progress.update(1, f"held-out loss {values['learn/held_out_loss']:.2f}")
+
+        learn(args, agent, demo_obs, [e.actions for e in demos], label_states(args, encoder, demo_obs, labels), learn_tick)
+        rows, _ = rollout.evaluate(eval_env, agent.act, alive, args.eval_episodes, progress, "evaluate Learn")
+        save("learn", agent=agent.state_dict(), learn_success=[row["success_rate"] for row in rows])
+    agent.load_state_dict(checkpoint["agent"])
+    learn_success = checkpoint["learn_success"]
+    progress.say(f"Learn: success {np.mean(learn_success):.0%} ({', '.join(f'{s:.0%}' for s in learn_success)})")
+
+    # 3. Reinforce
+    if checkpoint["stage"] in ("learn", "reinforce"):
+        curriculum = Curriculum(demos, patterns, np.random.default_rng(args.seed + 3)) if args.curriculum == "reverse" else None
+        trainer = Reinforce(args, train_env, agent, encoder, alive, curriculum)
+        if checkpoint["stage"] == "reinforce":
+            trainer.load_state_dict(checkpoint["trainer"])
+        progress.stage("Reinforce", trainer.num_iterations, trainer.iteration)
+        while trainer.iteration < trainer.num_iterations:
+            logs = trainer.run_iteration()
+            log(logs, trainer.env_steps)
+            rates = " ".join("--" if math.isnan(s) else f"{s:.0%}" for s in np.array(trainer.history[-1][1:])[alive])
+            progress.update(1, f"success {logs['charts/success']:.0%} ({rates}) {logs['charts/SPS']:.0f} steps/s")
+            if trainer.iteration % args.checkpoint_interval == 0 and trainer.iteration < trainer.num_iterations:
+                save("reinforce", trainer=trainer.state_dict())
+        checkpoint.pop("trainer", None)
+        save("roll out", agent=agent.state_dict(), history=trainer.history, env_steps=trainer.env_steps)
+    agent.load_state_dict(checkpoint["agent"])
+
+    # Roll out, keep successes
+    per_pattern, _ = rollout.evaluate(eval_env, agent.act, alive, args.eval_episodes, progress, "evaluate Reinforce")
+    success = float(np.mean([row["success_rate"] for row in per_pattern]))
+    rates = ", ".join(f"{row['success_rate']:.0%}" for row in per_pattern)
+    progress.say(f"Reinforce: success {success:.0%} ({rates})")
+    corpus = rollout.collect_corpus(eval_env, agent.act, alive, args.corpus_episodes, args.seed + 4, "dlr_discover", progress)
+    if not corpus:
+        raise UserError(f"no rollout of any pattern succeeded, so there is no corpus to write; the logs are in {run}")
+    commanded = [e.attrs["pattern"] for e in corpus]
+    corpus_obs = [rollout.trajectory_observations(task, e) for e in corpus]
+    recognised = [encoder.recognise(along_path(obs, layout, args.discover_points)) for obs in corpus_obs]
+    confusion = metrics.confusion_matrix(commanded, recognised, k)
+    features = rollout.path_features(task, corpus)
+    distances = metrics.pairwise_dtw(features)
+    within, between = metrics.within_between(distances, commanded)
+    rollout.write_corpus(run, task, corpus, "dlr_discover", demo_source)
+    rollout.plot_corpus(run, task, features, commanded, distances)
+    plots.plot_leakage(run / "figures" / "leakage.png", confusion, task.language)
+    history = np.array([[0.0] + [np.nan] * k, *checkpoint["history"]])
+    history[0, 1 + np.array(alive)] = learn_success
+    plots.plot_success(run / "figures" / "success.png", history[:, 0], history[:, 1:], [(0, "Reinforce")], task.language)
+    rollout.make_videos(run, task, corpus, renderer, progress)
+    summary = {
+        "task": task.id,
+        "success_rate": success,
+        "per_pattern": per_pattern,
+        "diversity": metrics.diversity(features) | {"dtw_within": within, "dtw_between": between},
+        "smoothness": metrics.smoothness([e.proprio["ee_pos"] for e in corpus], [e.actions for e in corpus]),
+        "leakage": {"p_leak": metrics.p_leak(confusion), "confusion": confusion},
+        "recovery": recovery,
+        "stages": {"learn": np.mean(learn_success), "reinforce": success, "learn_per_pattern": learn_success},
+        "num_patterns": k,
+        "alive": len(alive),
+        "corpus_episodes": len(corpus),
+        "env_steps": checkpoint["env_steps"],
+        "wall_seconds": checkpoint["seconds"] + time.time() - began,
+        "demos": demo_source,
+        "assets": task.assets,
+        "renderer": renderer,
+        "versions": versions(),
+    }
+    write_json(run / "summary.json", summary)
+    save("done")
+    writer.close()
+    progress.close()
+    progress.say(
+        f"done: {len(corpus)} trajectories of {len(alive)} patterns, success {success:.0%}, leakage {summary['leakage']['p_leak']:.0%}, "
+        f"mean pairwise distance {summary['diversity']['mean_pairwise_distance']:.2f}; see {run}"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)
