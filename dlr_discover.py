@@ -117,12 +117,14 @@ class Args:
     """minibatches a pass"""
     clip_coef: float = 0.2
     """PPO's clip range"""
-    log_std_init: float = -1.6
+    log_std_init: float = -1.9
     """log of the policy's initial standard deviation in Reinforce"""
     max_grad_norm: float = 0.5
     """gradients are clipped to this norm"""
+    kl_coef: float = 0.05
+    """weight of KL(policy || Learn policy) in the loss, which keeps noise in the updates from using up target_kl"""
     target_kl: float = 1.0
-    """E in Theorem 1: updates stop while KL(policy || Learn policy), in nats a step, is above it"""
+    """E in Theorem 1: the policy loss is left out while KL(policy || Learn policy), in nats a step, is above it"""
     step_kl: float = 0.03
     """updates of one rollout stop when the policy has moved so far (nats) from the one that acted"""
     critic_warmup: int = 3
@@ -141,6 +143,27 @@ class Args:
     """official init states to evaluate each pattern on (at most 50)"""
     corpus_episodes: int = 20
     """successful trajectories a pattern in the corpus"""
+
+
+def validate(args: Args) -> None:
+    """Refuse flag values that cannot work, before anything has begun."""
+    counts = "num_patterns num_envs torch_threads checkpoint_interval num_demos discover_steps learn_epochs learn_batch hidden"
+    counts += " total_steps num_steps update_epochs num_minibatches eval_episodes corpus_episodes"
+    rules = [
+        (lambda v: v >= 1, "at least 1", counts),
+        (lambda v: v >= 2, "at least 2", "discover_points"),
+        (lambda v: v > 0, "more than 0", "learn_lr actor_lr critic_lr clip_coef max_grad_norm target_kl step_kl"),
+        (lambda v: 0 <= v < math.inf, "at least 0", "seed demo_noise vib_beta learn_patience critic_warmup mi_coef kl_coef"),
+        (lambda v: 0 <= v <= 1, "between 0 and 1", "gamma gae_lambda"),
+        (math.isfinite, "a finite number", "log_std_init"),
+    ]
+    for holds, wanted, names in rules:
+        for name in names.split():
+            value = getattr(args, name)
+            if value != "auto" and not holds(value):
+                raise UserError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
+    if args.num_minibatches > (batch := args.num_steps * args.num_envs):
+        raise UserError(f"--num-minibatches {args.num_minibatches} is more than the {batch} steps of --num-steps x --num-envs")
 
 
 # ---------------------------------------------------------------------------------------------- Discover
@@ -305,6 +328,8 @@ def choose_num_patterns(args: Args, paths: np.ndarray, layout: dict[str, slice],
     of the nearest other pattern. The ELBO can't choose: it keeps rising with K, as further patterns split one way of
     doing the task by where its objects stood.
     """
+    if len(paths) < 4:
+        raise UserError(f"--num-patterns auto needs at least 4 demonstrations, not {len(paths)}; give a number, or more demonstrations")
     features = np.stack([pattern_features(path, layout).ravel() for path in paths])
     distances = cdist(features, features, "cityblock")
     scores = {}
@@ -369,7 +394,7 @@ def learn(args: Args, agent: Agent, demos: list[np.ndarray], actions: list[np.nd
         return [torch.as_tensor(c, dtype=t) for c, t in zip(columns, (torch.float32, torch.float32, torch.long), strict=True)]
 
     obs, act, z = tensors(~held_out)
-    test_obs, test_act, test_z = tensors(held_out)
+    test_obs, test_act, test_z = tensors(held_out if held_out.any() else ~held_out)  # a single demonstration a pattern
     optimizer = torch.optim.Adam([*agent.actor.parameters(), agent.log_std], lr=args.learn_lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.learn_epochs, eta_min=args.learn_lr / 20)
     best, best_loss, best_epoch = copy.deepcopy(agent.state_dict()), math.inf, 0
@@ -425,9 +450,9 @@ def gaussian_kl(p: Normal, q: Normal) -> torch.Tensor:
 def ppo_update(args: Args, agent: Agent, reference: Agent, optimizer, batch: dict, train_actor: bool) -> dict[str, float]:
     """One PPO update (Schulman et al. 2017) on a flattened rollout: obs, z, actions, log_probs, mean, std, advantages, returns.
 
-    The actor stops for this rollout when it has moved `step_kl` from the policy that acted, and while its divergence from
-    the Learn policy `reference` exceeds `target_kl`: Theorem 1's bound on how much of one pattern's gradient reaches another
-    rests on D_KL(pi_theta || pi_Learn) <= E.
+    The actor stops for this rollout when it has moved `step_kl` from the policy that acted. While its divergence from the
+    Learn policy `reference` exceeds `target_kl` it is only pulled back: Theorem 1's bound on how much of one pattern's
+    gradient reaches another rests on D_KL(pi_theta || pi_Learn) <= E.
     """
     size = len(batch["obs"])
     logs: dict[str, list[float]] = {}
@@ -444,20 +469,19 @@ def ppo_update(args: Args, agent: Agent, reference: Agent, optimizer, batch: dic
                 advantages = batch["advantages"][rows]
                 clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
                 policy_loss = -torch.min(advantages * ratio, advantages * clipped).mean()
+                strayed = gaussian_kl(policy, reference.policy(obs, z)).mean()
                 with torch.no_grad():
                     moved = gaussian_kl(policy, Normal(acted.loc[rows], acted.scale[rows])).mean().item()
-                    strayed = gaussian_kl(policy, reference.policy(obs, z)).mean().item()
                 row |= {
                     "policy_loss": policy_loss.item(),
                     "approx_kl": ((ratio - 1) - log_ratio).mean().item(),
                     "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean().item(),
                     "ratio": ratio.mean().item(),
-                    "kl_to_learn": strayed,
+                    "kl_to_learn": strayed.item(),
                 }
-                if moved > args.step_kl or strayed > args.target_kl:
-                    train_actor = False
-                else:
-                    loss = loss + policy_loss
+                train_actor = moved <= args.step_kl
+                if train_actor:
+                    loss = loss + args.kl_coef * strayed + (policy_loss if strayed <= args.target_kl else 0.0)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
@@ -657,8 +681,7 @@ def main() -> None:
     if args.resume:
         run = Path(args.resume)
         args = resumed_args(run, "dlr_discover", args)
-    if isinstance(args.num_patterns, int) and args.num_patterns < 1:
-        raise UserError(f"--num-patterns must be at least 1, not {args.num_patterns}")
+    validate(args)
     torch.set_num_threads(args.torch_threads)
     began, progress = time.time(), Progress()
     task = load_task(args.task, args.assets)
@@ -667,7 +690,7 @@ def main() -> None:
     demos, demo_source = rollout.load_demos(args.demos, task, args.num_demos, args.demo_noise, args.seed, progress)
     if isinstance(args.num_patterns, int) and args.num_patterns > len(demos):
         raise UserError(f"--num-patterns {args.num_patterns} is more than the {len(demos)} demonstrations")
-    checkpoint = {"script": "dlr_discover", "stage": "start", "seconds": 0.0}
+    checkpoint = {"script": "dlr_discover", "task": task.id, "stage": "start", "seconds": 0.0}
     if run is None:
         run = make_run(args.run_folder, task.id, "dlr_discover", args)
         config = {"script": "dlr_discover", "args": dataclasses.asdict(args), "versions": versions()}
@@ -675,6 +698,9 @@ def main() -> None:
         save_checkpoint(run / "checkpoint.pt", checkpoint)
     else:
         checkpoint = load_checkpoint(run / "checkpoint.pt", "dlr_discover")
+        found = checkpoint.get("task", task.id), checkpoint.get("num_patterns", args.num_patterns)
+        if found[0] != task.id or args.num_patterns not in (found[1], "auto"):
+            raise UserError(f"{run / 'checkpoint.pt'} is not this run's: it has {found[1]} patterns of {found[0]}")
         progress.say(f"resuming after stage {checkpoint['stage']!r}")
     progress.say(f"run folder {run}")
     writer = SummaryWriter(str(run))

@@ -9,8 +9,9 @@ steps them with, in turn,
 
 so that contacts, which decide what a physics step costs, agree. Then the same on all cores: LIBERO in a process a core, ours
 in a thread a core, the limit in a thread a core. Blocks are short and their order turns, so that whatever else the machine
-does hits all alike; numbers are medians over the blocks, with the quartiles of the ratios. Resets: LIBERO's `reset` (which compiles the model
-anew), and ours with and without the ten settling steps, the first time and from then on (each start state is settled once).
+does hits all alike; numbers are medians over the blocks, with the quartiles of the ratios. Resets: LIBERO's `reset` (which
+compiles the model anew), and ours with and without the ten settling steps, the first time and from then on (each start state
+is settled once).
 
     python -m benchmarks.throughput --task libero_90/5 libero_spatial/0 libero_object/0 [--json FILE]
 """

@@ -36,7 +36,7 @@ from common.tasks import Predicate, Task, load_task
 
 UP = np.array([0.0, 0.0, 1.0])
 OPEN, CLOSE = -1.0, 1.0
-SPEED, TURN_SPEED = 0.9, 0.5  # largest action without noise (full scale is 0.3 m/s)
+SPEED, TURN_SPEED = 0.9, 0.7  # largest action without noise (full scale is 0.3 m/s)
 GAIN, TURN_GAIN = 1.3, 1.0  # of the remaining way, what is sent as the next displacement
 # The hand, in the frame of its grip site: x is the axis along which the fingers move, z points out of the palm (m).
 PAD_HALF_GAP, FINGER_OUTER, FINGER_HALF_WIDTH, PAD_REACH = 0.036, 0.058, 0.010, 0.009
@@ -52,19 +52,44 @@ def surface_points(model: mujoco.MjModel, geoms, spacing: float = CELL) -> list[
 
     Meshes, cylinders and the like are taken as their bounding boxes: LIBERO's objects collide as boxes.
     """
-    clouds = []
-    for g in geoms:
-        centre, half = model.geom_aabb[g, :3], np.minimum(model.geom_aabb[g, 3:], 0.4)
-        axes = [np.linspace(-h, h, max(2, int(np.ceil(2 * h / spacing)) + 1)) for h in half]
-        grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
-        surface = (np.abs(np.abs(grid) - half) < 1e-9).any(1)
-        clouds.append((int(g), centre + grid[surface]))
-    return clouds
+    return [(int(g), _box_points(model.geom_aabb[g, :3], model.geom_aabb[g, 3:], spacing)) for g in geoms]
+
+
+def _box_points(centre: np.ndarray, half: np.ndarray, spacing: float) -> np.ndarray:
+    axes = [np.linspace(-h, h, max(2, int(np.ceil(2 * h / spacing)) + 1)) for h in half]
+    grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
+    return centre + grid[(np.abs(np.abs(grid) - half) < 1e-9).any(1)]
 
 
 def world_points(data: mujoco.MjData, clouds) -> np.ndarray:
     """(n, 3) points of `surface_points` in the world frame."""
     return np.concatenate([data.geom_xpos[g] + points @ data.geom_xmat[g].reshape(3, 3).T for g, points in clouds])
+
+
+def hand_rotation(finger: np.ndarray, approach: np.ndarray) -> np.ndarray:
+    """Rotation matrix of the grip site whose fingers move along `finger` and whose palm looks along `approach`."""
+    finger = finger - approach * (finger @ approach)
+    finger = finger / np.linalg.norm(finger)
+    return np.column_stack([finger, np.cross(approach, finger), approach])
+
+
+def nearby_points(task: Task, data: mujoco.MjData, centre: np.ndarray, ignore: Sequence[int] = (), radius: float = 0.3):
+    """(n, 3) points of everything solid near `centre` but the robot and the root bodies `ignore`."""
+    model = task.model
+    robot = [model.body_rootid[model.site_bodyid[task.eef_site]], *ignore]
+    size = model.geom_aabb[:, 3:].max(1)
+    plane = model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE
+    solid = (model.geom_contype | model.geom_conaffinity).astype(bool) & ~np.isin(model.body_rootid[model.geom_bodyid], robot)
+    solid &= plane | (np.linalg.norm(data.geom_xpos - centre, axis=1) < radius + size)
+    small = solid & ~plane & (size < 0.4)
+    clouds = surface_points(model, np.flatnonzero(small))
+    for g in np.flatnonzero(solid & ~small):  # table tops and floors: only the part that is near
+        local = (centre - data.geom_xpos[g]) @ data.geom_xmat[g].reshape(3, 3) - model.geom_aabb[g, :3]
+        half = np.array([np.inf, np.inf, 0.0]) if plane[g] else model.geom_aabb[g, 3:]
+        low, high = np.maximum(local - 0.2, -half), np.minimum(local + 0.2, half)
+        if (low <= high).all():
+            clouds.append((g, _box_points(model.geom_aabb[g, :3] + 0.5 * (low + high), 0.5 * (high - low), 2 * CELL)))
+    return world_points(data, clouds)
 
 
 def hand_rotation(finger: np.ndarray, approach: np.ndarray) -> np.ndarray:
@@ -176,13 +201,14 @@ def funnel(offset: np.ndarray, axis: np.ndarray, length: float, width: float) ->
     return missing * axis - across * (1.0 - 0.8 * ramp(missing, 0.0, 0.12))
 
 
-def come_in(offset: np.ndarray, axis: np.ndarray, path: Detour, height: float, width: float) -> np.ndarray:
+def come_in(offset: np.ndarray, axis: np.ndarray, path: Detour, height: float, width: float, ready: float = 1.0) -> np.ndarray:
     """Displacement that leads to the goal along `axis` over the last `height`, and to there along `path`.
 
-    Before it is `height` out along the axis, the flow moves out rather than sideways.
+    Before it is `height` out along the axis, the flow moves out rather than sideways; it goes in as far as the hand is
+    `ready` (0 to 1: turned as it should be).
     """
     across = offset - (offset @ axis) * axis
-    rise = height * ramp(math.sqrt(across @ across), 0.008, width)
+    rise = height * max(ramp(math.sqrt(across @ across), 0.008, width), 1.0 - ready)
     flow = funnel(offset - rise * axis, path.axis, path.length, path.width)
     outward = flow @ axis
     return outward * axis + (flow - outward * axis) * (1.0 - ramp(rise - offset @ axis, 0.02, 0.06))
@@ -207,7 +233,7 @@ DIRECTIONS = {
 }
 
 
-PATHS = (*DIRECTIONS, "direct")
+PATHS = ("direct", *DIRECTIONS)
 
 
 def detour(name: str, out: np.ndarray) -> Detour:
@@ -219,10 +245,21 @@ def detour(name: str, out: np.ndarray) -> Detour:
     if across @ across < 0.3:
         return Detour(out, 0.20, 0.12)
     axis = 0.9 * across / math.sqrt(across @ across) + 0.436 * out
-    return Detour(axis, 0.14, 0.11)
+    return Detour(axis, 0.22 if name == "over" else 0.14, 0.11)
+
+
+def paths_to(out: np.ndarray) -> list[str]:
+    """Names of the paths that make sense to a goal that is approached from `out`."""
+    return [name for name in PATHS if name == "direct" or DIRECTIONS[name] @ out > -0.5]
 
 
 # ---------------------------------------------------------------------------------------------- skills
+
+def aligned(turned: np.ndarray, rotation: np.ndarray) -> float:
+    """1 if the hand is turned as `rotation` to 0.3 rad, 0 if it is off by 0.6 rad or more."""
+    cosine = 0.5 * (np.vdot(turned, rotation) - 1.0)
+    return ramp(cosine, 0.825, 0.955)
+
 
 class PlanError(Exception):
     """No way was found to do a task with a strategy from a state."""
@@ -247,7 +284,7 @@ def top_grasps(task: Task, data: mujoco.MjData, obj) -> dict[str, Grasp]:
         finger = np.array([math.cos(math.radians(angle)), math.sin(math.radians(angle)), 0.0])
         home = finger if angle > 0 else -finger  # of the two ways to hold, the one that turns the wrist by 90 degrees or less
         for scene in scenes:
-            grasps = find_grasps(points, scene, hand_rotation(home, -UP), 0.022, bottom + 0.002)
+            grasps = find_grasps(points, scene, hand_rotation(home, -UP), 0.022, bottom + 0.004)
             sides = [(n, s) for n, s in SIDES.items() if abs(s @ finger) > 0.99]
             for name, side in [*sides, (f"across {angle}", np.zeros(3))]:
                 ranked = []
@@ -278,7 +315,7 @@ class PickPlace:
         found = list(top_grasps(task, data, obj))
         grasps = [n for n in (*SIDES, *found) if n in found]
         grasps = list(dict.fromkeys(grasps))[:4]
-        return [{"grasp": grasp, "path": path} for path in PATHS for grasp in grasps]
+        return [{"grasp": grasp, "path": path} for path in paths_to(UP) for grasp in grasps]
 
     def plan(self, data: mujoco.MjData) -> None:
         grasps = top_grasps(self.task, data, self.object)
@@ -297,7 +334,7 @@ class PickPlace:
         place[2] -= self.bottom - (0.005 if p.kind == "ontop" else 0.0)
         return place
 
-    def __call__(self, data: mujoco.MjData, hand: np.ndarray, opening: float):
+    def __call__(self, data: mujoco.MjData, hand: np.ndarray, turned: np.ndarray, opening: float):
         """(displacement of the hand (3,) m, its rotation (3, 3), gripper) for the state; `opening` is the fingers' (m)."""
         if self.grasp is None:
             self.plan(data)
@@ -313,7 +350,7 @@ class PickPlace:
             return come_in(place, UP, self.path, 0.10, 0.05), self.grasp.rotation, CLOSE
         if near:
             return -grip, self.grasp.rotation, CLOSE
-        return come_in(grip, UP, self.path, 0.08, 0.04), self.grasp.rotation, OPEN
+        return come_in(grip, UP, self.path, 0.08, 0.04, aligned(turned, self.grasp.rotation)), self.grasp.rotation, OPEN
 
 
 @dataclasses.dataclass
@@ -349,24 +386,21 @@ def contacts(task: Task, data: mujoco.MjData, joint: int, sign: float) -> dict[s
 
 
 def drawer_grasps(points: np.ndarray, scene: np.ndarray, front: np.ndarray) -> dict[str, Contact]:
-    """Take the handle between a finger above and one below, near one of its ends, the hand turned a little to one side."""
+    """Take the handle between a finger above and one below, at one of its ends or in the middle."""
     handle = points[points @ front > (points @ front).max() - 0.018]
     bar = np.cross(front, UP)  # to the left as one looks out of the drawer
     middle = 0.5 * (handle.min(0) + handle.max(0))
-    found = {}
-    for hand, turn in (("left", 25.0), ("right", -25.0), ("straight", 0.0)):
-        yaw, tilt = math.radians(turn), math.radians(75.0)
-        inward = -front * math.cos(yaw) - bar * math.sin(yaw)
-        approach = inward * math.sin(tilt) - UP * math.cos(tilt)
-        for flip in (1.0, -1.0):
-            finger = flip * np.cross(approach, np.cross(approach, UP))
-            grasps = find_grasps(handle, scene, hand_rotation(finger, approach), 0.016, -np.inf)
-            for end, place in (("left", 0.025), ("right", -0.025), ("middle", 0.0)):
-                near = [(abs((g.position - middle) @ bar - place), k, g) for k, g in enumerate(grasps)]
-                if near and min(near)[0] < 0.012:
-                    g = min(near)[2]
-                    name = f"{end} from the {hand}" + (" flipped" if flip < 0 else "")
-                    found[name] = Contact(g.position, g.rotation, -approach, g.width)
+    tilt = math.radians(75.0)
+    approach = -front * math.sin(tilt) - UP * math.cos(tilt)
+    upright, found = np.cross(bar, approach), {}
+    for turn, roll in (("", 0.0), (" turned left", 40.0), (" turned right", -40.0), (" flipped", 180.0)):
+        finger = math.cos(math.radians(roll)) * upright + math.sin(math.radians(roll)) * bar
+        grasps = find_grasps(handle, scene, hand_rotation(finger, approach), 0.016, -np.inf)
+        for end, place in (("left end", 0.032), ("right end", -0.032), ("middle", 0.0)):
+            near = [(abs((g.position - middle) @ bar - place), k, g) for k, g in enumerate(grasps)]
+            if near and min(near)[0] < 0.012:
+                g = min(near)[2]
+                found[f"{end}{turn}"] = Contact(g.position, g.rotation, -approach, g.width)
     return found
 
 
@@ -426,7 +460,8 @@ class Articulate:
     def repertoire(task: Task, predicate: Predicate, data: mujoco.MjData) -> list[dict[str, str]]:
         """All combinations of choices that can be planned from a state."""
         joint = int(np.flatnonzero(task.model.jnt_qposadr == predicate.qpos[0])[0])
-        return [{"contact": name, "path": path} for path in PATHS for name in contacts(task, data, joint, predicate.sign)]
+        found = contacts(task, data, joint, predicate.sign)
+        return [{"contact": name, "path": path} for name in found for path in paths_to(found[name].out)]
 
     def plan(self, data: mujoco.MjData) -> None:
         found = contacts(self.task, data, self.joint, self.predicate.sign)
@@ -436,7 +471,7 @@ class Articulate:
         self.start = float(data.qpos[self.predicate.qpos[0]])
         self.path = detour(self.factors["path"], c.out)
 
-    def __call__(self, data: mujoco.MjData, hand: np.ndarray, opening: float):
+    def __call__(self, data: mujoco.MjData, hand: np.ndarray, turned: np.ndarray, opening: float):
         if self.contact is None:
             self.plan(data)
         c = self.contact
@@ -458,7 +493,8 @@ class Articulate:
             slack = math.sqrt(across @ across)
             if slack < 0.02 and along > -0.03:
                 return 0.06 * (1.0 - ramp(slack, 0.006, 0.016)) * direction - across, c.rotation, CLOSE
-            return come_in(offset + 0.01 * direction, c.out, self.path, 0.08, 0.04), c.rotation, CLOSE
+            ready = aligned(turned, c.rotation)
+            return come_in(offset + 0.01 * direction, c.out, self.path, 0.08, 0.04, ready), c.rotation, CLOSE
         miss = math.sqrt(offset @ offset)
         near = miss < 0.012 or (miss < 0.03 and opening < 0.070)
         if near and opening < c.width + 0.006:
@@ -467,7 +503,7 @@ class Articulate:
             return -offset, axis_rotation(axis, self.predicate.sign * 0.4) @ rotation, CLOSE
         if near:
             return -offset, rotation, CLOSE
-        return come_in(offset, c.out, self.path, 0.08, 0.04), rotation, OPEN
+        return come_in(offset, c.out, self.path, 0.08, 0.04, aligned(turned, rotation)), rotation, OPEN
 
 
 def axis_rotation(axis: np.ndarray, angle: float) -> np.ndarray:
@@ -500,7 +536,7 @@ class Strategy:
 
 
 MAX_STRATEGIES = 8
-REHEARSALS = 4  # training states on which every candidate must succeed
+REHEARSALS, FINALS = 1, 7  # training states on which candidates must succeed to be considered, and to be chosen
 _strategies: dict[tuple[str, str], list[Strategy]] = {}
 
 
@@ -539,33 +575,45 @@ def _rehearse(task: Task) -> list[dict[str, str]]:
     main = next((p for p in task.goal if SKILLS[p.name] is PickPlace), task.goal[0])
     candidates = [Strategy("", f) for f in SKILLS[main.name].repertoire(task, main, env.data[0])]
     env.close()
-    queue = [(c, k) for k in range(REHEARSALS) for c in range(len(candidates))]
-    paths: dict[int, list[np.ndarray]] = {c: [] for c in range(len(candidates))}
-    failed = set()
+    paths: dict[int, dict[int, np.ndarray]] = {c: {} for c in range(len(candidates))}  # candidate -> state -> path
+    failed: set[int] = set()
+    hopeless: set[str] = set()  # ways to take hold that fail even on the direct path
 
-    def next_attempt():
-        while queue:
-            c, k = queue.pop(0)
-            if c not in failed:
-                return Attempt((c, k), candidates[c], [k, 1], None)
-        return None
+    def rehearse(queue: list[tuple[int, int]]) -> None:
+        def next_attempt():
+            while queue:
+                c, k = queue.pop(0)
+                if c not in failed and next(iter(candidates[c].factors.values())) not in hopeless:
+                    return Attempt((c, k), candidates[c], [k, 1], None)
+            return None
 
-    for (c, k), episode in perform(task, next_attempt, 0.1, 16, max_steps=250 if len(task.goal) == 1 else task.max_steps):
-        if not episode.success:
-            failed.add(c)
-            continue
-        steps = np.linspace(0, episode.length - 1, 32).astype(int)
-        turn = np.array([_matrix(q)[:, :2].ravel() for q in episode.proprio["ee_quat"][steps]])
-        paths[c].append((k, np.concatenate([episode.proprio["ee_pos"][steps], 0.05 * turn], axis=1)))
-    good = [c for c in paths if c not in failed]
-    if not good:
-        raise UserError(f"{task.id}: the scripted demonstrator finds no way that works")
-    features = np.array([np.concatenate([f.ravel() for _, f in sorted(paths[c], key=lambda row: row[0])]) for c in good])
-    distance = np.linalg.norm(features[:, None] - features[None], axis=-1)
-    chosen = list(np.unravel_index(distance.argmax(), distance.shape))[: len(good)]
-    while len(chosen) < min(MAX_STRATEGIES, len(good)):
-        chosen.append(int(distance[:, chosen].min(1).argmax()))
-    return [candidates[good[c]].factors for c in sorted({int(c) for c in chosen})]
+        max_steps = 150 if len(task.goal) == 1 else task.max_steps
+        for (c, k), episode in perform(task, next_attempt, 0.1, 16, max_steps):
+            if not episode.success:
+                failed.add(c)
+                hold, path = candidates[c].factors.values()
+                if k == 0 and path == "direct":
+                    hopeless.add(hold)
+                continue
+            steps = np.linspace(0, episode.length - 1, 32).astype(int)
+            turn = np.array([_matrix(q)[:, :2].ravel() for q in episode.proprio["ee_quat"][steps]])
+            paths[c][k] = np.concatenate([episode.proprio["ee_pos"][steps], 0.1 * turn], axis=1)
+
+    rehearse([(c, k) for k in range(REHEARSALS) for c in range(len(candidates))])
+    while True:
+        good = [c for c in paths if len(paths[c]) >= REHEARSALS and c not in failed]
+        if not good:
+            raise UserError(f"{task.id}: the scripted demonstrator finds no way that works")
+        features = np.array([np.concatenate([paths[c][k].ravel() for k in range(REHEARSALS)]) for c in good])
+        distance = np.linalg.norm(features[:, None] - features[None], axis=-1)
+        chosen = [int(c) for c in np.unravel_index(distance.argmax(), distance.shape)][: len(good)]
+        while len(chosen) < min(MAX_STRATEGIES, len(good)):
+            chosen.append(int(distance[:, chosen].min(1).argmax()))
+        chosen = sorted({good[c] for c in chosen})
+        missing = [(c, k) for k in range(FINALS) for c in chosen if k not in paths[c]]
+        if not missing:
+            return [candidates[c].factors for c in chosen]
+        rehearse(missing)
 
 
 def _matrix(quat_xyzw: np.ndarray) -> np.ndarray:
@@ -598,7 +646,7 @@ class Demonstrator:
         rot = data.site_xmat[self.task.eef_site].reshape(3, 3)
         qpos = data.qpos
         try:
-            flow, turn, gripper = self.skills[0](data, hand, float(qpos[self.fingers[0]] - qpos[self.fingers[1]]))
+            flow, turn, gripper = self.skills[0](data, hand, rot, float(qpos[self.fingers[0]] - qpos[self.fingers[1]]))
         except PlanError:
             self.failed = True
             return NO_OP.copy()

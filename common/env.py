@@ -93,7 +93,7 @@ def _solve(factor, n, x):
         x[i] /= factor[i, i]
 
 
-@numba.njit
+@numba.njit(cache=True)
 def _axis_angle_matrix(v, out):
     """Rotation matrix of the axis-angle vector v (rad, not zero), with robosuite's own rounding.
 
@@ -114,7 +114,7 @@ def _axis_angle_matrix(v, out):
     out[2, 0], out[2, 1], out[2, 2] = x * z - y * w, y * z + x * w, 1.0 - x * x - y * y
 
 
-@numba.njit
+@numba.njit(cache=True)
 def _osc_torques(M, J, bias, q, qd, q0, pos_error, ori_error, velocity, torque):
     """Operational space control with decoupled position and orientation, and a null-space pull toward q0.
 
@@ -264,7 +264,7 @@ def _goal_table(goal: tuple[Predicate, ...]) -> np.ndarray:
     return table
 
 
-@numba.njit
+@numba.njit(cache=True)
 def _goal_near(pointers, goal):
     """Whether all conjuncts hold as far as positions say; contacts, where LIBERO asks for them, are left to `in_contact`."""
     near = True
@@ -391,7 +391,7 @@ class StateObservation:
         return out
 
 
-@numba.njit
+@numba.njit(cache=True)
 def _observe(pointers, terms, out):
     for k in range(len(terms)):
         value = _view(pointers[terms[k, 0]], (terms[k, 1] + 1,))[terms[k, 1]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import io
 import json
 import math
 import platform
@@ -46,15 +47,29 @@ def write_json(path: Path, content: Any) -> None:
             return plain(value.item())
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(plain(content), indent=2) + "\n")
+    _write(path, (json.dumps(plain(content), indent=2) + "\n").encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:  # a full disk is reported without the file's name
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def make_run(folder: str, task_name: str, script: str, args) -> Path:
     """Create `folder/{task}__{script}__{seed}__{time}` for a new run."""
-    run = Path(folder) / f"{task_name.replace('/', '-')}__{script}__{args.seed}__{int(time.time())}"
-    run.mkdir(parents=True, exist_ok=False)
-    return run
+    now = int(time.time())
+    while True:
+        run = Path(folder) / f"{task_name.replace('/', '-')}__{script}__{args.seed}__{now}"
+        try:
+            run.mkdir(parents=True)
+            return run
+        except FileExistsError:  # another run began in the same second
+            now += 1
+        except OSError as error:
+            raise UserError(f"cannot create the run folder {run}: {error.strerror}; choose another --run-folder") from error
 
 
 def resumed_args(run: Path, script: str, args):
@@ -87,8 +102,9 @@ def save_checkpoint(path: Path, content: dict) -> None:
             return torch.from_numpy(value.copy())
         return value.item() if isinstance(value, np.generic) else value
 
-    with atomic_path(path) as temporary:
-        torch.save(plain(content), temporary)
+    buffer = io.BytesIO()  # torch's own writer reports a full disk as an internal error
+    torch.save(plain(content), buffer)
+    _write(path, buffer.getvalue())
 
 
 def load_checkpoint(path: Path, script: str) -> dict:
@@ -98,7 +114,8 @@ def load_checkpoint(path: Path, script: str) -> dict:
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: the run was stopped before its first checkpoint; start it again") from error
     except Exception as error:  # torch raises many kinds on foreign and truncated files
-        raise UserError(f"{path} is not a readable checkpoint (damaged or truncated): {str(error).splitlines()[0][:120]}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(f"{path} is not a readable checkpoint (damaged or truncated): {reason}") from error
     if not isinstance(content, dict) or content.get("script") != script:
         other = content.get("script") if isinstance(content, dict) else None
         raise UserError(f"{path} is a checkpoint of {other or 'another program'}, not of {script}")

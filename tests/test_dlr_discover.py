@@ -1,0 +1,711 @@
+"""dlr_discover: each stage against closed forms and problems with a known answer; the whole job, killed and resumed; bad input."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Categorical, Laplace, MultivariateNormal, Normal, kl_divergence
+
+import dlr_discover
+from common import metrics
+from common.cli import UserError
+from common.data import Episode
+from common.runs import load_checkpoint, save_checkpoint
+from dlr_discover import Agent, Args, Curriculum, PatternEncoder, Reinforce, StateDecoder, elbo, gae, gaussian_kl
+
+torch.set_num_threads(1)
+
+
+def weights(module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---------------------------------------------------------------------------------------------- Discover: the bound
+
+
+def random_elbo_inputs(n=4, points=3, k=5, seed=0):
+    rng = np.random.default_rng(seed)
+    log_q = torch.log_softmax(torch.as_tensor(rng.normal(size=(n, points, k))), dim=-1)
+    return log_q, torch.as_tensor(rng.normal(size=(n, points, k)) - 1)
+
+
+@pytest.mark.parametrize("level", ["state", "trajectory"])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_elbo_is_the_sum_over_z(level, beta):
+    log_q, log_p = random_elbo_inputs()
+    n, points, k = log_q.shape
+    bound, log_label = elbo(log_q, log_p, beta, level)
+    total, prior = 0.0, Categorical(torch.ones(k).double())
+    for i in range(n):
+        product = torch.ones(k).double()  # q(z | tau) ~ prod_t q(z | s_t)
+        for t in range(points):
+            product = product * log_q[i, t].exp()
+        for t in range(points):
+            q = Categorical(log_q[i, t].exp())
+            label = Categorical(product) if level == "trajectory" else q
+            for z in range(k):
+                total += label.probs[z] * log_p[i, t, z] / (n * points)
+            total -= beta * kl_divergence(q, prior) / (n * points)
+            row = log_label[i, 0 if level == "trajectory" else t]
+            torch.testing.assert_close(row.exp(), label.probs)
+    torch.testing.assert_close(bound, total)
+    assert log_label.shape == ((n, 1, k) if level == "trajectory" else (n, points, k))
+
+
+@pytest.mark.parametrize("level", ["state", "trajectory"])
+def test_elbo_kl_is_zero_at_the_prior(level):
+    _, log_p = random_elbo_inputs()
+    uniform = torch.full_like(log_p, -math.log(log_p.shape[-1]))
+    for beta in (0.0, 1.0, 100.0):
+        torch.testing.assert_close(elbo(uniform, log_p, beta, level)[0], log_p.mean())
+
+
+def test_elbo_never_exceeds_the_marginal_likelihood_and_is_tight_at_the_posterior():
+    _, log_p = random_elbo_inputs(n=50)
+    marginal = torch.logsumexp(log_p - math.log(log_p.shape[-1]), dim=-1).mean()  # log sum_z p(z) p(s | z)
+    posterior = torch.log_softmax(log_p, dim=-1)
+    torch.testing.assert_close(elbo(posterior, log_p, 1.0, "state")[0], marginal)
+    for seed in range(20):
+        log_q, _ = random_elbo_inputs(n=50, seed=seed)
+        assert elbo(log_q, log_p, 1.0, "state")[0] < marginal
+        assert elbo(torch.log_softmax(posterior + 0.1 * log_q, -1), log_p, 1.0, "state")[0] < marginal
+
+
+def test_decoder_is_a_laplace_around_each_pattern():
+    rng = np.random.default_rng(0)
+    centres, x = torch.as_tensor(rng.normal(size=(3, 4, 2))), torch.as_tensor(rng.normal(size=(5, 4, 2)))
+    decoder = StateDecoder(centres).double()
+    with torch.no_grad():
+        decoder.log_scale.copy_(torch.tensor([-1.0, 0.5]))
+    log_p = decoder.log_prob(x)
+    assert log_p.shape == (5, 4, 3)
+    scale = np.exp([-1.0, 0.5])
+    for n, t, z in np.ndindex(5, 4, 3):
+        density = np.exp(-np.abs(x[n, t] - centres[z, t]).numpy() / scale) / (2 * scale)
+        assert log_p[n, t, z].item() == pytest.approx(np.log(density).mean())
+    assert isinstance(Laplace(0.0, 1.0).log_prob(torch.tensor(0.0)).item(), float)
+
+
+# ---------------------------------------------------------------------------------------------- Discover: paths and seeds
+
+LAYOUT = {"eef_pos": slice(0, 3), "eef_rot": slice(3, 9), "gripper_qpos": slice(9, 11), "bowl_to_eef": slice(11, 14)}
+OBS_SIZE = 14
+
+
+def observations(hand: np.ndarray, bowl=(0.3, 0.0, 0.0)) -> np.ndarray:
+    """(T, 14) float32 observations of a hand that follows `hand` (T, 3) with its rotation unchanged."""
+    obs = np.zeros((len(hand), OBS_SIZE), np.float32)
+    obs[:, :3], obs[:, 11:14] = hand, np.asarray(bowl) - hand
+    obs[:, 3], obs[:, 7] = 1.0, 1.0
+    return obs
+
+
+def test_along_path_has_equal_steps_on_a_known_curve():
+    angle = np.linspace(0, 1, 100) ** 2 * np.pi / 2  # a quarter circle of radius 0.4 m, slow at first
+    hand = 0.4 * np.stack([np.cos(angle), np.sin(angle), 0 * angle], axis=1)
+    path = dlr_discover.along_path(observations(hand), LAYOUT, 16)
+    assert path.shape == (16, OBS_SIZE) and path.dtype == np.float32
+    np.testing.assert_allclose(path[[0, -1], :3], hand[[0, -1]], atol=1e-6)
+    on_arc = np.arctan2(path[:, 1], path[:, 0])
+    np.testing.assert_allclose(np.diff(on_arc), np.pi / 2 / 15, rtol=0.1)  # each state adds 0.1 mm
+    np.testing.assert_allclose(np.linalg.norm(path[:, :3], axis=1), 0.4, atol=1e-4)
+    np.testing.assert_allclose(path[:, 11:14], [0.3, 0, 0] - path[:, :3], atol=1e-6)  # all columns at the same places
+
+
+def test_along_path_does_not_see_dwelling():
+    t = np.linspace(0, 1, 60)[:, None]
+    hand = np.hstack([0.5 * t, 0.1 * np.sin(3 * t), 0.2 * t**2])
+    rested = np.concatenate([hand[:20], np.repeat(hand[20:21], 40, axis=0), hand[20:]])
+    a, b = (dlr_discover.along_path(observations(x), LAYOUT, 32)[:, :3] for x in (hand, rested))
+    assert np.abs(a - b).max() < 0.005  # 40 steps of rest count as 4 mm
+    by_time = np.stack([np.interp(np.linspace(0, 99, 32), np.arange(100), column) for column in rested.T], axis=1)
+    assert np.abs(by_time - a).max() > 0.1  # what it would be otherwise
+
+
+def test_seed_patterns_recovers_separated_clusters():
+    rng = np.random.default_rng(0)
+    truth = np.repeat(np.arange(6), [40, 5, 20, 30, 3, 15])
+    centres = rng.normal(size=(6, 10)) * 5
+    x = (centres[truth] + rng.laplace(scale=0.2, size=(len(truth), 10))).astype(np.float32)
+    labels, found = dlr_discover.seed_patterns(x, 6, rng, restarts=50)
+    assert metrics.adjusted_rand_index(labels, truth) == 1.0
+    for k in range(6):
+        np.testing.assert_allclose(found[k], np.median(x[labels == k], axis=0), atol=1e-6)
+
+
+def test_seed_patterns_needs_as_many_distinct_trajectories():
+    x = np.repeat(np.eye(3), 4, axis=0)
+    labels, _ = dlr_discover.seed_patterns(x, 3, np.random.default_rng(0), restarts=5)
+    assert sorted(np.bincount(labels)) == [4, 4, 4]
+    with pytest.raises(UserError, match="only 3 distinct.*smaller --num-patterns") as error:
+        dlr_discover.seed_patterns(x, 4, np.random.default_rng(0), restarts=5)
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------- Discover: four known ways
+
+
+def four_ways(number: int, strays: int, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray]:
+    """Observations of demonstrations that go round by the left or right to one of two ends, and which (0..3) each is.
+
+    The last `strays` wander off by decimetres on their way.
+    """
+    rng = np.random.default_rng(seed)
+    truth = rng.permutation(np.arange(number) % 4)
+    demos = []
+    for i, way in enumerate(truth):
+        t = np.sort(rng.uniform(size=rng.integers(60, 120)))[:, None]  # uneven speed
+        side, end = (1 if way % 2 else -1), np.array([0.4, 0.12 if way // 2 else -0.12, 0.05])
+        arc = np.sin(np.pi * t) * [0.0, 0.12 * side, 0.15]
+        drift = rng.normal(scale=0.01, size=3) * t + rng.normal(scale=0.01, size=3) * (1 - t)
+        if number - i <= strays:
+            drift = drift + np.sin(np.pi * t * rng.integers(2, 5)) * rng.normal(scale=0.15, size=3)
+        hand = [0.0, 0.0, 0.1] * (1 - t) + end * t + arc + drift + rng.normal(scale=0.002, size=(len(t), 3))
+        demos.append(observations(hand, bowl=end + rng.normal(scale=0.01, size=3)))
+    return demos, truth
+
+
+def paths_of(demos, points=16) -> np.ndarray:
+    return np.stack([dlr_discover.along_path(demo, LAYOUT, points) for demo in demos])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_discover_finds_the_four_ways(seed):
+    demos, truth = four_ways(84, strays=4, seed=seed)
+    args = Args(seed=seed + 1, discover_steps=200)
+    ticks = []
+    encoder, labels = dlr_discover.discover(args, paths_of(demos), LAYOUT, 4, lambda step, row: ticks.append((step, row)))
+    assert labels.shape == (84, 16) and (labels == labels[:, :1]).all()
+    patterns = np.array([dlr_discover.episode_pattern(row) for row in labels])
+    assert set(patterns) == {0, 1, 2, 3}
+    assert metrics.adjusted_rand_index(patterns[:80], truth[:80]) >= 0.95
+    assert not any(p.requires_grad for p in encoder.parameters())
+    assert ticks[-1][1]["discover/elbo"] > ticks[0][1]["discover/elbo"]
+    assert ticks[-1][1]["discover/pattern_entropy"] > 0.9 * math.log(4)
+    # the frozen encoder recognises trajectories that it was not trained on
+    fresh, fresh_truth = four_ways(40, strays=0, seed=seed + 100)
+    recognised = [encoder.recognise(path) for path in paths_of(fresh)]
+    assert metrics.adjusted_rand_index(recognised, fresh_truth) >= 0.9
+    states = dlr_discover.label_states(args, encoder, demos, labels)
+    assert all(len(z) == len(demo) and (z == p).all() for z, demo, p in zip(states, demos, patterns, strict=True))
+
+
+def test_discover_at_state_level_labels_each_state():
+    demos, _ = four_ways(60, strays=0)
+    args = Args(label_level="state", discover_steps=100)
+    encoder, labels = dlr_discover.discover(args, paths_of(demos), LAYOUT, 4)
+    assert labels.shape == (60, 16) and set(np.unique(labels)) == {0, 1, 2, 3}
+    for path, row in zip(paths_of(demos), labels, strict=True):
+        np.testing.assert_array_equal(row, encoder(torch.as_tensor(path)).argmax(-1))
+    states = dlr_discover.label_states(args, encoder, demos, labels)
+    np.testing.assert_array_equal(states[7], encoder(torch.as_tensor(demos[7])).argmax(-1))
+    assert dlr_discover.episode_pattern(np.array([2, 0, 2, 1])) == 2
+
+
+def test_choose_num_patterns_finds_four():
+    demos, _ = four_ways(60, strays=2)
+    said = []
+    args = Args(discover_steps=60)
+    assert dlr_discover.choose_num_patterns(args, paths_of(demos), LAYOUT, said.append) == 4
+    assert len(said) == 11 and said[0].startswith("Discover: K = 2, silhouette") and "K = 12" in said[-1]
+
+
+def test_choose_num_patterns_needs_a_few_demonstrations():
+    demos, _ = four_ways(3, strays=0)
+    with pytest.raises(UserError, match="num-patterns auto"):
+        dlr_discover.choose_num_patterns(Args(), paths_of(demos), LAYOUT, print)
+
+
+# ---------------------------------------------------------------------------------------------- Learn
+
+
+def linear_demos(number, patterns=3, seed=0, noise=0.02):
+    """Demonstrations of actions linear in the observation, with other coefficients for each pattern."""
+    rng = np.random.default_rng(seed)
+    coefficients = np.random.default_rng(5).normal(size=(patterns, 6, 7)) * 0.2
+    demos = [rng.normal(size=(30, 6)).astype(np.float32) for _ in range(number)]
+    labels = [np.full(30, i % patterns) for i in range(number)]
+    actions = [o @ coefficients[z[0]] + noise * rng.normal(size=(30, 7)) for o, z in zip(demos, labels, strict=True)]
+    return demos, actions, labels, coefficients
+
+
+def test_learn_recovers_a_linear_policy_of_each_pattern():
+    demos, actions, labels, coefficients = linear_demos(90)
+    args = Args(hidden=64, learn_epochs=60, learn_batch=128, learn_lr=2e-3, learn_patience=60)
+    agent, critic = Agent(6, 3, 64), None
+    critic = weights(agent.critic)
+    dlr_discover.learn(args, agent, demos, actions, labels, lambda *_: None)
+    assert same(weights(agent.critic), critic)  # the value function is Reinforce's
+    obs = np.random.default_rng(9).normal(size=(500, 6)).astype(np.float32)
+    with torch.no_grad():
+        for z in range(3):
+            truth = obs @ coefficients[z]
+            mean = agent.policy(torch.as_tensor(obs), torch.full((500,), z)).mean.numpy()
+            assert ((mean - truth) ** 2).mean() < 0.02 * (truth**2).mean()
+            np.testing.assert_array_equal(agent.act(obs, np.full(500, z)), mean.clip(-1, 1))
+
+
+def held_out_loss(agent, demos, actions, labels, chosen) -> float:
+    """-log pi(a | s, z) per state, by torch's multivariate normal."""
+    obs, act = (torch.as_tensor(np.concatenate([x[i] for i in chosen]), dtype=torch.float32) for x in (demos, actions))
+    z = torch.as_tensor(np.concatenate([labels[i] for i in chosen]))
+    with torch.no_grad():
+        policy = agent.policy(obs, z)
+        return -MultivariateNormal(policy.mean, torch.diag_embed(policy.stddev**2)).log_prob(act).mean().item()
+
+
+def test_learn_stops_early_and_keeps_the_best_weights():
+    demos, actions, labels, _ = linear_demos(20, patterns=2, noise=0.5)  # little data, much noise: it overfits
+    args = Args(hidden=64, learn_epochs=300, learn_batch=64, learn_lr=3e-3, learn_patience=7)
+    agent, seen = Agent(6, 2, 64), []
+    dlr_discover.learn(args, agent, demos, actions, labels, lambda epoch, row: seen.append((epoch, row, weights(agent))))
+    losses = [row["learn/held_out_loss"] for _, row, _ in seen]
+    best = int(np.argmin(losses))
+    assert [epoch for epoch, _, _ in seen] == list(range(best + 1 + 7)) and len(seen) < 300
+    assert same(weights(agent), seen[best][2]) and not same(weights(agent), seen[-1][2])
+    held_out = [0, 1]  # the first tenth of each pattern's ten episodes
+    assert held_out_loss(agent, demos, actions, labels, held_out) == pytest.approx(losses[best], rel=1e-4)
+    assert seen[-1][1]["learn/train_loss"] < seen[best][1]["learn/train_loss"]
+
+
+def test_learn_with_one_demonstration_a_pattern():
+    demos, actions, labels, _ = linear_demos(3, patterns=3)
+    agent = Agent(6, 3, 16)
+    before = weights(agent)
+    dlr_discover.learn(Args(hidden=16, learn_epochs=5), agent, demos, actions, labels, lambda *_: None)
+    assert not same(weights(agent), before)
+
+
+# ---------------------------------------------------------------------------------------------- Reinforce: the mathematics
+
+
+def column(*values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32)[:, None]
+
+
+@pytest.mark.parametrize(
+    "terminated, expected",
+    [
+        (0.0, [1.75, 5.0, 4.0]),  # deltas 1 + 4/2 ... with V of the final state: 0.5, 5, 4; A_0 = 0.5 + 0.25 * 5
+        (1.0, [0.75, 1.0, 4.0]),  # deltas 0.5, 1, 4
+    ],
+    ids=["truncation", "termination"],
+)
+def test_gae_by_hand(terminated, expected):
+    """gamma = lambda = 1/2; the episode ends at the second step: the third one's advantage 4 must not reach back."""
+    rewards, values, next_values = column(1, 2, 4), column(1, 1, 1), column(1, 8, 2)
+    advantages = gae(rewards, values, next_values, column(0, terminated, 0), column(0, 1, 0), 0.5, 0.5)
+    assert advantages.flatten().tolist() == expected
+
+
+def test_gae_is_the_discounted_sum_of_deltas():
+    rng = np.random.default_rng(0)
+    steps, envs, gamma, lam = 30, 4, 0.97, 0.9
+    rewards, values, next_values = rng.normal(size=(3, steps, envs))
+    done = rng.uniform(size=(steps, envs)) < 0.15
+    terminated = done & (rng.uniform(size=(steps, envs)) < 0.5)
+    expected = np.zeros((steps, envs))
+    for t, i in np.ndindex(steps, envs):
+        for u in range(t, steps):
+            delta = rewards[u, i] + gamma * next_values[u, i] * (not terminated[u, i]) - values[u, i]
+            expected[t, i] += (gamma * lam) ** (u - t) * delta
+            if done[u, i]:
+                break
+    tensors = [torch.as_tensor(x.astype(np.float32)) for x in (rewards, values, next_values, terminated, done)]
+    np.testing.assert_allclose(gae(*tensors, gamma, lam).numpy(), expected, atol=1e-5)
+
+
+def test_advantages_are_normalised_within_each_pattern():
+    rng = np.random.default_rng(0)
+    z = torch.as_tensor(rng.integers(0, 3, 300))
+    raw = torch.as_tensor(rng.normal(size=300)) * torch.tensor([0.01, 1.0, 50.0])[z] + torch.tensor([3.0, 0.0, -70.0])[z]
+    out = dlr_discover.normalise_per_pattern(raw, z)
+    for k in range(3):
+        rows, values = out[z == k], raw[z == k]
+        assert rows.mean().item() == pytest.approx(0, abs=1e-6) and rows.std(correction=0).item() == pytest.approx(1, rel=1e-3)
+        assert torch.equal(rows.argsort(), values.argsort())
+    constant = dlr_discover.normalise_per_pattern(torch.ones(4), torch.tensor([0, 0, 0, 1]))
+    assert torch.equal(constant, torch.zeros(4))  # also a pattern with one step only
+
+
+def test_policy_and_kl_are_those_of_a_multivariate_normal():
+    torch.manual_seed(0)
+    agent, other = Agent(6, 3, 16), Agent(6, 3, 16)
+    with torch.no_grad():
+        for a in (agent, other):
+            a.log_std.copy_(torch.linspace(-5.0, 1.0, 7) + 0.1 * torch.randn(7))  # beyond both limits
+            for layer in a.actor[::2]:
+                layer.weight.normal_()
+    obs, z, actions = torch.randn(20, 6), torch.randint(0, 3, (20,)), torch.randn(20, 7)
+    policies = [a.policy(obs, z) for a in (agent, other)]
+    dense = [MultivariateNormal(p.mean, torch.diag_embed(p.stddev**2)) for p in policies]
+    stds = agent.log_std.clamp(-4.0, 0.5).exp()
+    torch.testing.assert_close(policies[0].stddev, stds.expand(20, 7))
+    torch.testing.assert_close(policies[0].log_prob(actions).sum(-1), dense[0].log_prob(actions), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(gaussian_kl(*policies), kl_divergence(*dense), rtol=1e-4, atol=1e-3)
+    assert torch.equal(gaussian_kl(policies[0], policies[0]), torch.zeros(20))
+    assert agent.value(obs, z).shape == (20,)
+    pattern = agent.policy(obs, torch.zeros_like(z)).mean - agent.policy(obs, torch.ones_like(z)).mean
+    assert pattern.abs().max() > 1e-3  # the pattern is an input
+
+
+# ---------------------------------------------------------------------------------------------- Reinforce: two goals on a plane
+
+
+class Plane:
+    """A point that walks from (0, 0) to a goal at (1, 0.6) or (1, -0.6): LiberoVectorEnv's interface, with known answers.
+
+    Observations: position, vectors to both goals. The first two actions move it by up to 0.15. `score` holds how each
+    finished episode ended: (pattern, goal reached or -1), if `trainer` is set.
+    """
+
+    GOALS = np.array([[1.0, 0.6], [1.0, -0.6]])
+
+    def __init__(self, num_envs=16, max_steps=14, radius=0.15, seed=0):
+        self.num_envs, self.max_steps, self.radius = num_envs, max_steps, radius
+        self.position, self.elapsed = np.zeros((num_envs, 2)), np.zeros(num_envs, np.int64)
+        self.rng = np.random.default_rng(seed)
+        self.trainer, self.score, self.trace, self.set_states = None, [], [], []
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.rng = np.random.default_rng(seed)
+        self._start(np.arange(self.num_envs))
+        return self.observations(), {}
+
+    def _start(self, envs):
+        self.position[envs] = self.rng.normal(scale=0.05, size=(len(envs), 2))
+        self.elapsed[envs] = 0
+
+    def observations(self):
+        to_goals = (self.GOALS[None] - self.position[:, None]).reshape(self.num_envs, 4)
+        return np.hstack([self.position, to_goals]).astype(np.float32)
+
+    def step(self, actions):
+        assert actions.shape == (self.num_envs, 7) and np.abs(actions).max() <= 1
+        self.position += 0.15 * actions[:, :2]
+        self.elapsed += 1
+        inside = np.linalg.norm(self.GOALS[None] - self.position[:, None], axis=-1) < self.radius
+        terminated = inside.any(1)
+        truncated = ~terminated & (self.elapsed >= self.max_steps)
+        ended, obs, info = terminated | truncated, self.observations(), {}
+        if self.trainer is not None:
+            z = self.trainer.z.copy()
+            self.trace.append((obs, z, terminated, truncated))
+            self.score += [(int(z[i]), int(inside[i].argmax()) if terminated[i] else -1) for i in np.flatnonzero(ended)]
+        if ended.any():
+            info = {"final_obs": obs, "_final_obs": ended, "final_length": self.elapsed.copy()}
+            self._start(np.flatnonzero(ended))
+            obs = self.observations()
+        return obs, terminated.astype(np.float64), terminated, truncated, info
+
+    def set_state(self, states, gripper=None, envs=None):
+        self.set_states.append((states.copy(), gripper.copy(), envs.copy()))
+        self.position[envs], self.elapsed[envs] = states, 0
+
+    def snapshot(self):
+        return {"position": self.position.copy(), "elapsed": self.elapsed.copy(), "rng": self.rng.bit_generator.state}
+
+    def restore(self, snapshot):
+        self.position[:], self.elapsed[:] = snapshot["position"], snapshot["elapsed"]
+        self.rng.bit_generator.state = snapshot["rng"]
+
+
+def plane_args(**changes) -> Args:
+    settings = dict(hidden=32, learn_epochs=60, learn_batch=128, learn_lr=3e-3, num_steps=32, total_steps=16 * 32 * 40)
+    settings |= dict(actor_lr=1e-3, critic_lr=3e-3, num_minibatches=4, log_std_init=-1.5, target_kl=20.0, step_kl=0.1, critic_warmup=2)
+    return Args(**(settings | changes))
+
+
+def walks(args, number=60, aim=0.82, seed=0):
+    """Walks past each goal, a little too far out: observations, actions, labels, and the episodes for a curriculum."""
+    rng = np.random.default_rng(seed)
+    env, out = Plane(1), ([], [], [], [])
+    for i in range(number):
+        env._start([0])
+        target, states, obs, actions = np.array([1.0, aim * (1 - 2 * (i % 2))]), [], [], []
+        for t in range(12):
+            action = np.zeros(7)
+            action[:2] = np.clip((target - env.position[0]) / 0.3, -0.6, 0.6) + 0.1 * rng.normal(size=2)
+            action[6] = 1.0 if t >= 6 else -1.0
+            states.append(env.position[0].copy())
+            obs.append(env.observations()[0])
+            actions.append(action)
+            env.position[0] += 0.15 * action[:2]
+        for rows, row in zip(out, (np.array(obs), np.array(actions), np.full(12, i % 2)), strict=False):
+            rows.append(row)
+        out[3].append(Episode(np.array(actions), np.array(states), {}))
+    return out
+
+
+@pytest.fixture(scope="module")
+def learned() -> Agent:
+    """The Learn policy of the plane: two patterns, each of which sometimes hits its goal."""
+    args = plane_args()
+    obs, actions, labels, _ = walks(args)
+    torch.manual_seed(0)
+    agent = Agent(6, 2, args.hidden)
+    dlr_discover.learn(args, agent, obs, actions, labels, lambda *_: None)
+    return agent
+
+
+def make_trainer(learned, curriculum=None, alive=(0, 1), env=None, **changes) -> tuple[Reinforce, Plane]:
+    torch.manual_seed(0)
+    env = env or Plane()
+    trainer = Reinforce(plane_args(**changes), env, copy.deepcopy(learned), PatternEncoder(6, 2), list(alive), curriculum)
+    env.trainer = trainer
+    return trainer, env
+
+
+def success_of(score, pattern) -> float:
+    return float(np.mean([goal >= 0 for z, goal in score if z == pattern]))
+
+
+def test_first_minibatch_has_ratio_one_and_no_kl(learned):
+    trainer, _ = make_trainer(learned, critic_warmup=0, update_epochs=1, num_minibatches=1)
+    for _ in range(3):  # also after updates: what acted is what the ratio is taken against
+        before = gaussian_kl(*policies_of(trainer)).mean().item()
+        logs = trainer.run_iteration()
+        assert logs["losses/ratio"] == pytest.approx(1.0, abs=1e-5)
+        assert logs["losses/approx_kl"] == pytest.approx(0.0, abs=1e-6)
+        assert logs["losses/clipfrac"] == 0.0 and logs["losses/updates"] == 1
+        assert (before == 0.0) == (trainer.iteration == 1)
+        assert logs["losses/kl_to_learn"] == pytest.approx(0.0, abs=1e-6) or trainer.iteration > 1
+    assert logs["losses/kl_to_learn"] > 1e-4
+
+
+def policies_of(trainer) -> tuple[Normal, Normal]:
+    """The policy and the Learn policy in 200 states."""
+    rng = np.random.default_rng(3)
+    obs, z = torch.as_tensor(rng.normal(size=(200, 6)).astype(np.float32)), torch.as_tensor(rng.integers(0, 2, 200))
+    with torch.no_grad():
+        return trainer.agent.policy(obs, z), trainer.reference.policy(obs, z)
+
+
+def test_critic_warmup_leaves_the_policy_alone(learned):
+    trainer, _ = make_trainer(learned, critic_warmup=2)
+    actor, critic, log_std = weights(trainer.agent.actor), weights(trainer.agent.critic), trainer.agent.log_std.clone()
+    for _ in range(2):
+        logs = trainer.run_iteration()
+        assert same(weights(trainer.agent.actor), actor) and torch.equal(trainer.agent.log_std, log_std)
+        assert not same(weights(trainer.agent.critic), critic)
+        assert logs["losses/updates"] == 0 and "losses/policy_loss" not in logs
+    trainer.run_iteration()
+    assert not same(weights(trainer.agent.actor), actor) and not torch.equal(trainer.agent.log_std, log_std)
+    assert same(weights(trainer.reference.actor), actor)  # the Learn policy stays
+
+
+def test_step_kl_ends_the_updates_of_a_rollout(learned):
+    trainer, _ = make_trainer(learned, critic_warmup=0, step_kl=1e-3, update_epochs=20, actor_lr=3e-3)
+    logs = trainer.run_iteration()
+    assert 1 < logs["losses/updates"] < 80 == 20 * 4
+    moved = gaussian_kl(*policies_of(trainer)).mean().item()
+    assert 1e-3 < moved < 0.2  # it stops just after, not twenty epochs later
+
+
+def test_beyond_target_kl_the_policy_is_only_pulled_back(learned):
+    trainer, _ = make_trainer(learned, critic_warmup=0, target_kl=0.5, step_kl=10.0, kl_coef=0.05)
+    with torch.no_grad():
+        trainer.agent.actor[-1].bias += 0.4  # as if PPO had gone far astray
+    strayed = []
+    for _ in range(4):
+        strayed.append(trainer.run_iteration()["losses/kl_to_learn"])
+    assert strayed[0] > 5.0 and strayed == sorted(strayed, reverse=True) and strayed[-1] < 0.7 * strayed[0]
+    trainer, _ = make_trainer(learned, critic_warmup=0, target_kl=0.5, step_kl=10.0, kl_coef=0.0)
+    with torch.no_grad():
+        trainer.agent.actor[-1].bias += 0.4
+    actor, critic = weights(trainer.agent.actor), weights(trainer.agent.critic)
+    trainer.run_iteration()
+    assert same(weights(trainer.agent.actor), actor)  # without the pull it stands still
+    assert not same(weights(trainer.agent.critic), critic)
+
+
+def test_reinforce_solves_the_plane_and_keeps_the_patterns_apart(learned):
+    trainer, env = make_trainer(learned)
+    trainer.run_iteration()
+    trainer.run_iteration()
+    for z in (0, 1):
+        assert 0.15 < success_of(env.score, z) < 0.8  # there is something to learn
+    for iteration in range(2, trainer.num_iterations):
+        if iteration == trainer.num_iterations - 3:
+            env.score = []
+        logs = trainer.run_iteration()
+    for z in (0, 1):
+        mine = [goal for pattern, goal in env.score if pattern == z]
+        assert len(mine) > 30 and success_of(env.score, z) > 0.9
+        assert set(mine) <= {z, -1}  # each pattern keeps its own goal
+        assert logs[f"patterns/success_{z}"] > 0.9
+    assert logs["charts/success"] > 0.9 and logs["losses/explained_variance"] > 0.5
+    assert trainer.env_steps == 16 * 32 * 40 == trainer.history[-1][0]
+
+
+def test_reinforce_continues_exactly_from_a_checkpoint(learned, tmp_path):
+    demos = walks(plane_args())[3]
+    results = []
+    for stop in (None, 3):
+        curriculum = Curriculum(demos, np.arange(len(demos)) % 2, np.random.default_rng(7))
+        settings = dict(mi_coef=0.05, mi_on="success", mi_encoder="onpolicy")
+        trainer, _ = make_trainer(learned, curriculum, **settings)
+        for iteration in range(6):
+            if iteration == stop:
+                save_checkpoint(tmp_path / "c.pt", {"script": "s", "trainer": trainer.state_dict()})
+                curriculum = Curriculum(demos, np.arange(len(demos)) % 2, np.random.default_rng(1))
+                trainer, _ = make_trainer(learned, curriculum, env=Plane(seed=99), **settings)
+                torch.rand(17)
+                trainer.load_state_dict(load_checkpoint(tmp_path / "c.pt", "s")["trainer"])
+            logs = trainer.run_iteration()
+        clock = ("charts/rollout_seconds", "charts/update_seconds", "charts/SPS")
+        logs = {name: value for name, value in logs.items() if name not in clock}
+        results.append((weights(trainer.agent), weights(trainer.bonus_encoder), trainer.history, logs, trainer.curriculum.progress))
+    (agent, bonus, history, logs, progress), (agent_2, bonus_2, history_2, logs_2, progress_2) = results
+    assert same(agent, agent_2) and same(bonus, bonus_2) and progress == progress_2
+    np.testing.assert_array_equal(history, history_2)
+    np.testing.assert_equal(logs, logs_2)
+
+
+def test_only_living_patterns_are_drawn(learned):
+    trainer, env = make_trainer(learned, alive=(1,))
+    logs = trainer.run_iteration()
+    assert all((z == 1).all() for _, z, _, _ in env.trace)
+    assert "patterns/success_0" not in logs and math.isnan(trainer.history[-1][1])
+
+
+# ---------------------------------------------------------------------------------------------- Reinforce: the bonus
+
+
+def rewards_seen(monkeypatch) -> list[np.ndarray]:
+    """The rewards that reach the advantages, one (num_steps, num_envs) array an iteration."""
+    seen = []
+
+    def spy(rewards, *rest):
+        seen.append(rewards.numpy().copy())
+        return gae(rewards, *rest)
+
+    monkeypatch.setattr(dlr_discover, "gae", spy)
+    return seen
+
+
+def log_ratios(encoder, trace, num_alive=2) -> np.ndarray:
+    """log q(z | s) - log p(z) of the state that each recorded action led to, (T, num_envs)."""
+    with torch.no_grad():
+        rows = [encoder(torch.as_tensor(obs)).gather(1, torch.as_tensor(z)[:, None])[:, 0].numpy() for obs, z, _, _ in trace]
+    return np.array(rows) - math.log(1 / num_alive)
+
+
+def sharp_encoder(trainer):
+    """Give the trainer's encoder opinions: the ones it starts with are uniform."""
+    with torch.no_grad():
+        for encoder in (trainer.encoder, trainer.bonus_encoder):
+            torch.manual_seed(4)
+            encoder.net[-1].weight.normal_()
+    return trainer.encoder
+
+
+def test_without_coefficient_the_reward_is_success_alone(learned, monkeypatch):
+    seen = rewards_seen(monkeypatch)
+    trainer, env = make_trainer(learned)
+    sharp_encoder(trainer)
+    trainer.run_iteration()
+    np.testing.assert_array_equal(seen[0], np.array([terminated for _, _, terminated, _ in env.trace], np.float32))
+    assert seen[0].sum() > 0
+
+
+def test_bonus_everywhere_is_the_log_ratio_of_each_state(learned, monkeypatch):
+    seen = rewards_seen(monkeypatch)
+    trainer, env = make_trainer(learned, mi_coef=0.25, mi_on="all")
+    ratios_of, before = sharp_encoder(trainer), weights(trainer.encoder)
+    logs = [trainer.run_iteration() for _ in range(2)]
+    ratios = log_ratios(ratios_of, env.trace)
+    assert ratios.std() > 0.3
+    success = np.array([terminated for _, _, terminated, _ in env.trace])
+    np.testing.assert_allclose(np.concatenate(seen), success + 0.25 * ratios, atol=1e-5)
+    assert logs[1]["charts/mi_bonus"] == pytest.approx(ratios[32:].mean(), abs=1e-5)
+    assert same(weights(trainer.encoder), before) and same(weights(trainer.bonus_encoder), before)  # frozen
+
+
+def test_bonus_on_success_is_its_sum_over_the_episode(learned, monkeypatch):
+    seen = rewards_seen(monkeypatch)
+    trainer, env = make_trainer(learned, mi_coef=0.25, mi_on="success")
+    encoder = sharp_encoder(trainer)
+    for _ in range(3):  # episodes span iterations
+        trainer.run_iteration()
+    ratios, expected, sums = log_ratios(encoder, env.trace), [], np.zeros(16)
+    for row, (_, _, terminated, truncated) in zip(ratios, env.trace, strict=True):
+        sums += row
+        expected.append(terminated * (1 + 0.25 * sums))
+        sums[terminated | truncated] = 0.0
+    np.testing.assert_allclose(np.concatenate(seen), expected, atol=1e-4)
+    assert np.count_nonzero(expected) > 10
+
+
+def test_onpolicy_bonus_encoder_learns_from_the_rollouts(learned):
+    trainer, env = make_trainer(learned, mi_coef=0.01, mi_encoder="onpolicy", critic_warmup=100)
+    before = weights(trainer.encoder)
+    for _ in range(25):
+        trainer.run_iteration()
+    assert same(weights(trainer.encoder), before) and not same(weights(trainer.bonus_encoder), before)
+    ratios = log_ratios(trainer.bonus_encoder, env.trace[-32:])
+    assert ratios.mean() > 0.6 * math.log(2)  # the two patterns walk apart, so z can be told from s
+
+
+# ---------------------------------------------------------------------------------------------- Reinforce: the curriculum
+
+
+def test_curriculum_starts_near_success_and_moves_back():
+    demos = walks(plane_args(), number=10)[3]
+    patterns = np.arange(10) % 2
+    curriculum = Curriculum(demos, patterns, np.random.default_rng(0))
+
+    def drawn(z, number=300) -> np.ndarray:
+        """How far into its demonstration each start is, (number,)."""
+        steps = []
+        for _ in range(number):
+            state, gripper = curriculum.start(z)
+            (found,) = [(i, t) for i, e in enumerate(demos) for t in range(e.length) if np.array_equal(e.states[t], state)]
+            assert patterns[found[0]] == z
+            assert gripper == demos[found[0]].actions[max(0, found[1] - 1), 6]
+            steps.append(found[1])
+        return np.array(steps) / demos[0].length
+
+    begun = drawn(0)
+    assert begun.min() >= 0.7 and begun.max() < 1.0
+    curriculum.update(0.8)
+    assert curriculum.progress == 0.0  # not above 80 %
+    earliest = []
+    for _ in range(9):
+        curriculum.update(0.95)
+        earliest.append(drawn(1).min())
+    assert earliest == sorted(earliest, reverse=True) and earliest[-1] <= 0.1
+    curriculum.update(0.95)
+    assert curriculum.progress == pytest.approx(1.0)
+    curriculum.progress = 1.0
+    assert curriculum.start(0) is None  # ordinary resets
+    curriculum.progress = 0.5
+    assert curriculum.start(2) is None  # a pattern without demonstrations
+
+
+def test_reinforce_with_the_curriculum_gets_to_ordinary_resets(learned):
+    demos = walks(plane_args(), aim=0.6)[3]  # these end at the goals
+    curriculum = Curriculum(demos, np.arange(len(demos)) % 2, np.random.default_rng(0))
+    trainer, env = make_trainer(learned, curriculum, total_steps=16 * 32 * 60)
+    states, grippers, envs = env.set_states[0]
+    assert len(envs) == 16 and set(grippers) == {1.0}  # what the demonstrator's gripper was told near the end
+    goals = Plane.GOALS[trainer.z[envs]]
+    assert np.linalg.norm(states - goals, axis=1).max() < 0.45  # near the goal of the pattern that was drawn
+    np.testing.assert_array_equal(trainer.obs[:, :2], env.position.astype(np.float32))
+    progress = []
+    while trainer.iteration < trainer.num_iterations and curriculum.progress < 1.0:
+        progress.append(trainer.run_iteration()["charts/curriculum"])
+    assert progress == sorted(progress) and progress[0] < 0.5 and curriculum.progress >= 1.0
+    env.set_states = []
+    trainer.run_iteration()
+    assert env.set_states == []

@@ -1,0 +1,260 @@
+"""Runs: files that appear whole, checkpoints that run no code, resuming, one-line errors, progress without a terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common import runs
+from common.cli import UserError, atomic_path, run_command
+from common.runs import Progress, load_checkpoint, make_run, resumed_args, save_checkpoint, versions, write_json
+
+
+@dataclasses.dataclass
+class Args:
+    seed: int = 1
+    num_patterns: int | str = 8
+    resume: str | None = None
+    added_later: float = 0.5
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A folder on a file system with no space left."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    if sys.platform != "linux" or os.getuid() != 0:
+        pytest.skip("a full disk needs a tmpfs, which only root can mount")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    (folder / "config.json").write_text("earlier")
+    try:
+        with open(folder / "filling", "wb", buffering=0) as file:
+            while True:
+                file.write(b"x" * 4096)
+    except OSError as error:
+        assert error.errno == errno.ENOSPC
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def test_atomic_path_keeps_the_old_file_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "folder" / "file.bin"
+    with atomic_path(path) as temporary:
+        assert temporary.parent == path.parent and temporary.suffix == ".bin"
+        temporary.write_bytes(b"one")
+        assert not path.exists()
+    assert path.read_bytes() == b"one" and path.stat().st_mode & 0o777 == 0o644
+    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise RuntimeError
+    assert tree(tmp_path) == {"folder/file.bin": b"one"}
+
+
+def test_write_json_makes_plain_and_valid_json(tmp_path):
+    content = {1: np.float32(0.5), "a": np.arange(3), "b": (np.nan, np.inf, -np.inf, True), "c": {"d": np.array([[1.0, np.nan]])}}
+    write_json(tmp_path / "x.json", content)
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    read = json.loads((tmp_path / "x.json").read_text(), parse_constant=refuse)
+    assert read == {"1": 0.5, "a": [0, 1, 2], "b": [None, None, None, True], "c": {"d": [[1.0, None]]}}
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "x.json", {"a": object()})
+    assert json.loads((tmp_path / "x.json").read_text()) == read
+
+
+@pytest.mark.parametrize("write", [write_json, save_checkpoint], ids=["json", "checkpoint"])
+def test_full_disk_is_one_line_and_leaves_earlier_files(full_disk, write, capsys):
+    before = tree(full_disk)
+    with pytest.raises(SystemExit) as exit_:
+        run_command(lambda: write(full_disk / "config.json", {"a": list(range(100_000))}))
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "No space left" in message and str(full_disk / "config.json") in message
+    assert tree(full_disk) == before
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_checkpoint_round_trip_is_exact(tmp_path):
+    generator = np.random.default_rng(3)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    content = {
+        "script": "s",
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "rng": generator.bit_generator.state,  # 128-bit integers
+        "torch_rng": torch.get_rng_state(),
+        "array": np.array([np.pi, np.nan]),
+        "mixed": [1, (2.5, None), "text", np.float64(1 / 3), np.int64(-7), np.bool_(True)],
+    }
+    expected, noise = generator.normal(size=4), torch.rand(4)
+    save_checkpoint(tmp_path / "c.pt", content)
+    content["array"][:] = 0  # the file holds a copy
+    loaded = load_checkpoint(tmp_path / "c.pt", "s")
+    again = np.random.default_rng(0)
+    again.bit_generator.state = loaded["rng"]
+    np.testing.assert_array_equal(again.normal(size=4), expected)
+    torch.set_rng_state(loaded["torch_rng"])
+    assert torch.equal(torch.rand(4), noise)
+    np.testing.assert_array_equal(loaded["array"].numpy(), [np.pi, np.nan])
+    assert loaded["mixed"] == [1, (2.5, None), "text", 1 / 3, -7, True]
+    other = torch.nn.Linear(3, 2)
+    other.load_state_dict(loaded["model"])
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model.parameters(), strict=True))
+    torch.optim.Adam(other.parameters(), lr=1.0).load_state_dict(loaded["optimizer"])
+
+
+class Boobytrap:
+    def __reduce__(self):
+        return (os.mkdir, ("boobytrap-went-off",))
+
+
+def test_unreadable_and_foreign_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "c.pt"
+    with pytest.raises(UserError, match="does not exist"):
+        load_checkpoint(path, "dlr_discover")
+    save_checkpoint(path, {"script": "gaussian_ppo", "x": torch.zeros(1000)})
+    with pytest.raises(UserError, match="is a checkpoint of gaussian_ppo, not of dlr_discover"):
+        load_checkpoint(path, "dlr_discover")
+    whole = path.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"not a checkpoint at all" * 20):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="not a readable checkpoint") as error:
+            load_checkpoint(path, "gaussian_ppo")
+        assert "\n" not in str(error.value) and str(path) in str(error.value)
+    torch.save(torch.zeros(3), path)
+    with pytest.raises(UserError, match="another program"):
+        load_checkpoint(path, "dlr_discover")
+    for save in (torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2))):
+        save({"script": "dlr_discover", "x": Boobytrap()}, path)
+        with pytest.raises(UserError, match="not a readable checkpoint"):
+            load_checkpoint(path, "dlr_discover")
+    assert not (tmp_path / "boobytrap-went-off").exists()
+
+
+# ---------------------------------------------------------------------------------------------- run folders
+
+
+def test_make_run_names_and_never_shares_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1234.9)
+    first = make_run(str(tmp_path / "runs"), "libero_goal/some_task", "dlr_discover", Args(seed=5))
+    assert first == tmp_path / "runs" / "libero_goal-some_task__dlr_discover__5__1234" and first.is_dir()
+    second = make_run(str(tmp_path / "runs"), "libero_goal/some_task", "dlr_discover", Args(seed=5))  # in the same second
+    assert second != first and second.is_dir() and second.name.rpartition("__")[0] == first.name.rpartition("__")[0]
+
+
+@pytest.mark.parametrize("folder", ["file/runs", "file"])
+def test_unusable_run_folder(tmp_path, folder):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="run folder.*--run-folder") as error:
+        make_run(str(tmp_path / folder), "suite/task", "dlr_discover", Args())
+    assert "\n" not in str(error.value)
+    assert tree(tmp_path) == {"file": b"in the way"}
+
+
+def stored_run(tmp_path, **content) -> Path:
+    args = {"seed": 3, "num_patterns": 2, "resume": None, "gone_since": 7}
+    write_json(tmp_path / "run" / "config.json", {"script": "dlr_discover", "args": args} | content)
+    return tmp_path / "run"
+
+
+def test_resumed_args_are_the_runs(tmp_path):
+    run = stored_run(tmp_path)
+    assert resumed_args(run, "dlr_discover", Args(resume=str(run))) == Args(3, 2, str(run), 0.5)
+    assert resumed_args(run, "dlr_discover", Args(seed=3, num_patterns=2, resume=str(run))).num_patterns == 2
+
+
+def test_resume_errors(tmp_path):
+    run = stored_run(tmp_path)
+    with pytest.raises(UserError, match="was started with --num-patterns 2, not 3"):
+        resumed_args(run, "dlr_discover", Args(num_patterns=3))
+    with pytest.raises(UserError, match="is a run of dlr_discover, not of gaussian_ppo"):
+        resumed_args(run, "gaussian_ppo", Args())
+    with pytest.raises(UserError, match="not a run folder"):
+        resumed_args(tmp_path / "nowhere", "dlr_discover", Args())
+    for text in ("", "[]", "{}", '{"script": "dlr_discover", "args": 3}', "\x00"):
+        (run / "config.json").write_text(text)
+        with pytest.raises(UserError, match="not a run folder"):
+            resumed_args(run, "dlr_discover", Args())
+
+
+def test_versions_name_what_results_depend_on():
+    found = versions()
+    assert found["torch"] == torch.__version__.partition("+")[0] or found["torch"] == torch.__version__
+    assert {"python", "numpy", "mujoco", "hf-libero", "robosuite", "gymnasium", "revision"} <= set(found)
+    assert all(found.values())
+
+
+# ---------------------------------------------------------------------------------------------- commands and progress
+
+
+def fail(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (UserError("what is wrong;\n what to do"), 2, "error: what is wrong; what to do\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 2, "cannot write /x/y: No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "cannot write /x: Permission denied"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_run_command_ends_in_one_line(capsys, error, code, line):
+    with pytest.raises(SystemExit) as exit_:
+        run_command(fail(error))
+    assert exit_.value.code == code
+    text = capsys.readouterr().err
+    assert line in text and text.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), FileNotFoundError(errno.ENOENT, "a bug", "/x")])
+def test_run_command_leaves_bugs_their_traceback(error):
+    with pytest.raises(type(error)):
+        run_command(fail(error))
+
+
+def test_progress_without_a_terminal_is_plain_lines(monkeypatch):
+    stream, now = io.StringIO(), [1000.0]
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(runs.time, "time", lambda: now[0])
+    progress = Progress(interval=10.0)
+    progress.stage("Learn", 100, done=20)  # 20 were done before this process
+    for _ in range(40):
+        now[0] += 1.0
+        progress.update(1, "loss 0.5")
+    progress.close()
+    lines = stream.getvalue().splitlines()
+    assert "\r" not in stream.getvalue() and 4 <= len(lines) <= 5  # one every 10 s
+    assert "Learn  51%  loss 0.5" in lines[-1] and lines[-1].endswith("49 s left")  # 31 units took 31 s, 49 are left
