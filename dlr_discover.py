@@ -117,8 +117,10 @@ class Args:
     """minibatches a pass"""
     clip_coef: float = 0.2
     """PPO's clip range"""
-    log_std_init: float = -1.9
-    """log of the policy's initial standard deviation in Reinforce"""
+    std_start: float = 0.2
+    """standard deviation of the policy when Reinforce begins, in units of the action range"""
+    std_end: float = 0.08
+    """and when it ends (geometric schedule): evaluation and the corpus take the mean action, so training must come near it"""
     max_grad_norm: float = 0.5
     """gradients are clipped to this norm"""
     kl_coef: float = 0.05
@@ -152,10 +154,9 @@ def validate(args: Args) -> None:
     rules = [
         (lambda v: v >= 1, "at least 1", counts),
         (lambda v: v >= 2, "at least 2", "discover_points"),
-        (lambda v: v > 0, "more than 0", "learn_lr actor_lr critic_lr clip_coef max_grad_norm target_kl step_kl"),
+        (lambda v: v > 0, "more than 0", "learn_lr actor_lr critic_lr clip_coef max_grad_norm target_kl step_kl std_start std_end"),
         (lambda v: 0 <= v < math.inf, "at least 0", "seed demo_noise vib_beta learn_patience critic_warmup mi_coef kl_coef"),
         (lambda v: 0 <= v <= 1, "between 0 and 1", "gamma gae_lambda"),
-        (math.isfinite, "a finite number", "log_std_init"),
     ]
     for holds, wanted, names in rules:
         for name in names.split():
@@ -352,7 +353,7 @@ class Agent(nn.Module):
         self.normalizer = Normalizer(obs_size)
         self.actor = mlp([obs_size + num_patterns, hidden, hidden, hidden, action_size], out_std=0.01)
         self.critic = mlp([obs_size + num_patterns, hidden, hidden, 1], out_std=1.0)
-        self.log_std = nn.Parameter(torch.full((action_size,), -1.6))
+        self.log_std = nn.Parameter(torch.full((action_size,), -1.6))  # learned by Learn, scheduled by Reinforce
 
     def inputs(self, obs: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         return torch.cat([self.normalizer(obs), nn.functional.one_hot(z, self.num_patterns)], dim=-1)
@@ -524,12 +525,10 @@ class Reinforce:
         self.alive, self.curriculum = np.array(alive), curriculum
         self.reference = copy.deepcopy(agent).requires_grad_(False)  # the Learn policy
         self.bonus_encoder = copy.deepcopy(encoder).requires_grad_(args.mi_encoder == "onpolicy")
-        with torch.no_grad():
-            agent.log_std.fill_(args.log_std_init)
-            self.reference.log_std.fill_(args.log_std_init)
+        agent.log_std.requires_grad_(False)
         self.optimizer = torch.optim.Adam(
             [
-                {"params": [*agent.actor.parameters(), agent.log_std], "lr": args.actor_lr},
+                {"params": agent.actor.parameters(), "lr": args.actor_lr},
                 {"params": agent.critic.parameters(), "lr": args.critic_lr},
             ],
             eps=1e-5,
@@ -560,6 +559,11 @@ class Reinforce:
     def run_iteration(self) -> dict[str, float]:
         """Roll out `num_steps` steps in every environment, then update. Returns what to log."""
         args, env, agent = self.args, self.env, self.agent
+        progress = self.iteration / self.num_iterations
+        std = args.std_start ** (1 - progress) * args.std_end**progress
+        with torch.no_grad():
+            agent.log_std.fill_(math.log(std))
+            self.reference.log_std.fill_(math.log(std))
         shape = (args.num_steps, env.num_envs)
         obs = torch.zeros(*shape, self.obs.shape[1])
         next_obs, actions, means = torch.zeros_like(obs), torch.zeros(*shape, 7), torch.zeros(*shape, 7)
@@ -601,7 +605,7 @@ class Reinforce:
             "actions": actions.flatten(0, 1),
             "log_probs": log_probs.flatten(),
             "mean": means.flatten(0, 1),
-            "std": agent.log_std.detach().clamp(-4.0, 0.5).exp().expand_as(means.flatten(0, 1)).clone(),
+            "std": torch.full_like(means.flatten(0, 1), std),
             "advantages": normalise_per_pattern(advantages.flatten(), z.flatten()),
             "returns": returns,
         }
@@ -625,7 +629,7 @@ class Reinforce:
             "charts/rollout_seconds": rollout_seconds,
             "charts/update_seconds": time.perf_counter() - began,
             "charts/SPS": args.num_steps * env.num_envs / (rollout_seconds + time.perf_counter() - began),
-            "charts/policy_std": float(agent.log_std.detach().exp().mean()),
+            "charts/policy_std": std,
             "losses/explained_variance": float(1 - (returns - values.flatten()).var() / variance) if variance > 0 else np.nan,
         }
         if args.mi_coef:

@@ -2,18 +2,20 @@
 
 The truth is LIBERO's own `ControlEnv` on robosuite (`common.tasks.libero_env`), stepped in the same process.
 
-Trajectories (two tasks of each suite). From three official init states: ten no-ops, then smooth random actions with pauses
-of the rotation; and from the start of a scripted demonstration its own actions, so that things are grasped, moved and
-solved. After every control step the largest difference of the joint positions qpos (m, rad) and both success flags are compared.
+Trajectories (two or more tasks of each suite). From three official init states: ten no-ops, then smooth random actions with
+pauses of the rotation. After every control step the joint positions qpos (m, rad) and both success flags are compared.
 Up to where the robot first touches anything, both simulations compute the same numbers in another order, and differ by
 rounding. A contact that has just been struck amplifies rounding, in any simulator, so the differences are reported
 
   free     over the steps before the first one at whose end the robot touches an object or a fixture (in our simulation),
   all      over all steps.
 
-Flags (all 130 tasks). On states that span the goal's boundary (`boundary_states`) and on the last states of a
-demonstration, LIBERO's `_eval_predicate` of each conjunct and `_check_success` against ours: once in the state itself
-and once after a control step from it, where LIBERO judges poses that are 2 ms old.
+Flags (all 130 tasks). On states that span the goal's boundary (`boundary_states`), LIBERO's `_eval_predicate` of each
+conjunct and `_check_success` against ours: once in the state itself and once after a control step from it, where LIBERO
+judges poses that are 2 ms old.
+
+Demonstrations (every task that the scripted demonstrator solves). Both of the above with a successful demonstration: its
+actions from its start, so that things are grasped, moved and solved, and the flags in its last states.
 
 The compiled model is compared too: every field of mjModel but the textures, which we shrink.
 
@@ -25,6 +27,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -42,10 +45,11 @@ from common.env import NO_OP, make_env, predicate_holds, success
 from common.runs import Progress, versions, write_json
 from common.tasks import SUITES, Predicate, Task, find_assets, libero_env, load_task, resolve, task_names
 
+PARTS = ("trajectories", "flags", "demonstrations")
 # Two tasks a suite and more, all six predicates among them.
 TRAJECTORY_TASKS = [
     *("libero_spatial/0", "libero_spatial/5", "libero_object/0", "libero_object/6", "libero_goal/0", "libero_goal/7"),
-    *("libero_10/2", "libero_10/3", "libero_90/5", "libero_90/20", "libero_90/22", "libero_90/60"),
+    *("libero_10/2", "libero_10/3", "libero_90/5", "libero_90/20", "libero_90/39", "libero_90/60"),
 ]
 
 
@@ -57,14 +61,12 @@ class Args:
     """task ids (default: every task for the flags, two or more of each suite for the trajectories)"""
     suite: str | None = None
     """one suite only"""
-    part: Literal["trajectories", "flags", "all"] = "all"
+    part: list[Literal["trajectories", "flags", "demonstrations"]] = dataclasses.field(default_factory=lambda: list(PARTS))
     """what to compare"""
     steps: int = 100
     """control steps of a trajectory"""
     states: int = 24
     """states a task for the flags, on each of which every conjunct is compared twice"""
-    demos: bool = True
-    """also replay a scripted demonstration, where the demonstrator has one"""
     json: Path | None = None
     """write the numbers here, after every task; tasks that the file already holds, of the same settings, are not run again"""
     processes: int = 0
@@ -141,8 +143,9 @@ class Pair:
     def model_differences(self) -> list[str]:
         """Fields of mjModel that are not equal, textures aside."""
         ours, theirs = self.task.model, self.sim.model._model
+        equal = functools.partial(np.array_equal, equal_nan=True)
         arrays = [n for n in dir(ours) if n[0] != "_" and isinstance(getattr(ours, n), np.ndarray)]
-        return [n for n in arrays if "tex" not in n and n != "paths" and not np.array_equal(getattr(ours, n), getattr(theirs, n))]
+        return [n for n in arrays if "tex" not in n and n != "paths" and not equal(getattr(ours, n), getattr(theirs, n))]
 
 
 def random_actions(rng: np.random.Generator, steps: int) -> np.ndarray:
@@ -176,7 +179,7 @@ def trajectory(pair: Pair, start: np.ndarray, actions: np.ndarray) -> dict:
         "flags_unequal_at": [t for t in range(len(actions)) if theirs[t] != ours[t]],
         "successes": sum(theirs),
         "proprioception": pair.proprioception_difference(),  # in the last state
-        "differences": [float(f"{d:.2g}") for d in differences],
+        "steps_below_1e-6": sum(d < 1e-6 for d in differences),
     }
 
 
@@ -274,38 +277,36 @@ def flag_comparison(pair: Pair, states: np.ndarray) -> dict:
 
 def demonstration(task: Task):
     """A successful scripted demonstration, or None where the demonstrator has none."""
-    try:
-        from common.demonstrator import load_or_collect
+    from common.demonstrator import load_or_collect
 
+    try:
         return next((e for e in load_or_collect(task, 4, progress=False) if e.success), None)
     except UserError:
         return None
 
 
-def compare(task_id: str, parts: tuple[str, ...], args: Args) -> dict:
-    """All numbers of one task."""
-    start = time.time()
+def compare(task_id: str, parts: list[str], args: Args) -> dict:
+    """All numbers of one task, by part."""
+    start, result = time.time(), {}
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):  # LIBERO and robosuite print
+        if "demonstrations" in parts:
+            result["demonstrations"] = None
+            if (episode := demonstration(load_task(task_id, args.assets))) is None and parts == ["demonstrations"]:
+                return result
         pair = Pair(task_id, args.assets)
         task = pair.task
-        result = {"name": task.name, "goal": [[p.name, *p.args] for p in task.goal], "model_differences": pair.model_differences()}
-        episode = demonstration(task) if args.demos else None
+        result |= {"name": task.name, "goal": [[p.name, *p.args] for p in task.goal], "model_differences": pair.model_differences()}
         if "trajectories" in parts:
-            rows = {}
-            for k in range(3):
-                rows[f"random {k}"] = trajectory(pair, task.init_states[k], random_actions(np.random.default_rng(k), args.steps))
-            if episode is not None:
-                rows["demonstration"] = trajectory(pair, episode.states[0], episode.actions)
-            result["trajectories"] = rows
+            starts = {k: (task.init_states[k], random_actions(np.random.default_rng(k), args.steps)) for k in range(3)}
+            result["trajectories"] = {f"random {k}": trajectory(pair, *start) for k, start in starts.items()}
         if "flags" in parts:
-            states = boundary_states(task, np.random.default_rng(task.index), args.states)
-            if episode is not None:
-                last = [episode.final_state] if episode.final_state is not None else []
-                states = np.concatenate([states, episode.states[-4:], *[row[None] for row in last]])
-            result["flags"] = flag_comparison(pair, states)
+            result["flags"] = flag_comparison(pair, boundary_states(task, np.random.default_rng(task.index), args.states))
+        if "demonstrations" in parts and episode is not None:
+            replay = trajectory(pair, episode.states[0], episode.actions)
+            result["demonstrations"] = {"replay": replay, "flags": flag_comparison(pair, episode.states[-5:])}
         pair.libero.close()
         pair.env.close()
-    return {**result, "demonstration": episode is not None, "seconds": round(time.time() - start, 1)}
+    return {**result, "seconds": round(time.time() - start, 1)}
 
 
 def _job(job):
@@ -321,7 +322,9 @@ def _job(job):
 def report(tasks: dict[str, dict]) -> str:
     """The results as markdown."""
     lines = []
+    shown = {t: r["demonstrations"] for t, r in tasks.items() if r.get("demonstrations")}
     rows = [(t, name, r) for t, result in tasks.items() for name, r in result.get("trajectories", {}).items()]
+    rows += [(t, "demonstration", demo["replay"]) for t, demo in shown.items()]
     if rows:
         lines = ["| task | trajectory | steps | free steps | difference: free | all | flags equal | successes |", "|---" * 8 + "|"]
         for task_id, name, r in rows:
@@ -329,18 +332,22 @@ def report(tasks: dict[str, dict]) -> str:
             numbers = f"{r['steps']} | {r['free_steps']} | {r['free']:.1e} | {r['all']:.1e}"
             lines.append(f"| {task_id} | {name} | {numbers} | {equal} | {r['successes']} |")
         free, largest = (max(r[key] for _, _, r in rows) for key in ("free", "all"))
-        below = np.mean([d < 1e-6 for _, _, r in rows for d in r["differences"]])
-        steps, unequal = sum(r["steps"] for _, _, r in rows), sum(len(r["flags_unequal_at"]) for _, _, r in rows)
+        steps, below = (sum(r[key] for _, _, r in rows) for key in ("steps", "steps_below_1e-6"))
+        unequal = sum(len(r["flags_unequal_at"]) for _, _, r in rows)
         lines += [
             "",
             f"{len(rows)} trajectories of {len({t for t, _, _ in rows})} tasks. Largest qpos difference: {free:.1e} while the robot has "
-            f"touched nothing, {largest:.1e} over all steps, of which {below:.1%} are below 1e-6. "
+            f"touched nothing, {largest:.1e} over all steps, of which {below / steps:.1%} are below 1e-6. "
             f"Success flags equal at {steps - unequal} of {steps} steps. Robot observations in the last states differ by "
             f"{max(r['proprioception'] for _, _, r in rows):.1e} at most.",
             "",
         ]
-    flagged = {t: r["flags"] for t, r in tasks.items() if "flags" in r}
-    if flagged:
+    for title, flagged in (
+        ("boundary", {t: r["flags"] for t, r in tasks.items() if "flags" in r}),
+        ("demonstrations' last", {t: demo["flags"] for t, demo in shown.items()}),
+    ):
+        if not flagged:
+            continue
         lines += ["| flag | tasks | evaluations: true | false | unequal |", "|---" * 5 + "|"]
         for name in sorted({name for r in flagged.values() for name in r["predicates"]}):
             counts = [r["predicates"][name] for r in flagged.values() if name in r["predicates"]]
@@ -350,8 +357,8 @@ def report(tasks: dict[str, dict]) -> str:
         states, solved = [r["states"] for r in flagged.values()], sum(r["successful_states"] > 0 for r in flagged.values())
         lines += [
             "",
-            f"{len(flagged)} tasks, {min(states)} to {max(states)} states each, each evaluated twice; in {solved} tasks some are "
-            f"successful. Flags differ in {len(wrong)} tasks{': ' if wrong else ''}{', '.join(wrong)}.",
+            f"{len(flagged)} tasks, {min(states)} to {max(states)} {title} states each, each evaluated twice; in {solved} tasks some "
+            f"are successful. Flags differ in {len(wrong)} tasks{': ' if wrong else ''}{', '.join(wrong)}.",
             "",
         ]
     models = [t for t, r in tasks.items() if r.get("model_differences")]
@@ -371,15 +378,12 @@ def main() -> None:
     everything = [f"{suite}/{i}" for suite in SUITES for i in range(len(task_names()[suite]))]
     parts = {t: [] for t in given or everything if args.suite is None or t.startswith(args.suite + "/")}
     for task_id, wanted in parts.items():
-        if args.part in ("trajectories", "all") and (given or task_id in TRAJECTORY_TASKS):
-            wanted.append("trajectories")
-        if args.part in ("flags", "all"):
-            wanted.append("flags")
-    parts = {t: tuple(w) for t, w in parts.items() if w}
+        wanted += [part for part in PARTS if part in args.part and (given or part != "trajectories" or task_id in TRAJECTORY_TASKS)]
+    parts = {t: wanted for t, wanted in parts.items() if wanted}
     if not parts:
         raise UserError(f"no task to compare: --suite {args.suite} has none of --tasks {' '.join(args.tasks)}")
 
-    settings = {"steps": args.steps, "states": args.states, "demos": args.demos, "versions": versions()}
+    settings = {"steps": args.steps, "states": args.states, "versions": versions()}
     settings["versions"].pop("revision")
     tasks: dict[str, dict] = {}
     if args.json is not None and args.json.exists():
@@ -388,7 +392,8 @@ def main() -> None:
             tasks = {t: r for t, r in stored["tasks"].items() if stored["settings"] == settings and "error" not in r}
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise UserError(f"{args.json} is not a file that this command wrote; move it away or choose another --json") from error
-    jobs = [(t, w, args) for t, w in parts.items() if not set(w) <= set(tasks.get(t, {}))]
+    missing = {t: [part for part in wanted if part not in tasks.get(t, {})] for t, wanted in parts.items()}
+    jobs = [(t, wanted, args) for t, wanted in missing.items() if wanted]
 
     progress = Progress()
     progress.stage("fidelity", len(parts), done=len(parts) - len(jobs))
@@ -396,7 +401,7 @@ def main() -> None:
     # Fresh processes: LIBERO changes numpy's global generator and leaks a model at every reset.
     with multiprocessing.get_context("spawn").Pool(min(processes, max(1, len(jobs))), maxtasksperchild=8) as pool:
         for task_id, result in pool.imap_unordered(_job, jobs):
-            tasks[task_id] = result
+            tasks[task_id] = tasks.get(task_id, {}) | result
             progress.update(1, f"{task_id} {result.get('seconds', '')} s {result.get('error', '')}")
             if args.json is not None:
                 write_json(args.json, {"settings": settings, "revision": versions()["revision"], "tasks": dict(sorted(tasks.items()))})

@@ -19,6 +19,7 @@ import mujoco
 import numba
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
+from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
@@ -62,6 +63,17 @@ def _pointer(typing_context, address):
         return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
 
     return types.voidptr(types.intp), codegen
+
+
+@intrinsic
+def _take_number(typing_context, address):
+    """Atomically increment the int64 at the integer `address`; returns its value before."""
+
+    def codegen(context, builder, signature, arguments):
+        counter = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(types.intp), codegen
 
 
 @numba.njit(inline="always")
@@ -170,11 +182,15 @@ def _osc_torques(M, J, bias, q, qd, q0, pos_error, ori_error, velocity, torque):
 
 @numba.njit(nogil=True, cache=True)
 def _control_steps(
-    first, last, model, data, pointers, sizes, arm, masses, q0, limits, fingers, goal, terms, actions, repeat, goal_rot, grip, near, obs
+    envs, counter, model, data, pointers, sizes, arm, masses, q0, limits, fingers, goal, terms, actions, repeat, goal_rot, grip, near, obs
 ):
-    """Run `repeat` control steps of environments first..last-1 with constant actions, then judge and observe them.
+    """Run `repeat` control steps of environments `envs` with constant actions, then judge and observe them.
+
+    Several threads share the work: each takes the next environment when it is done with one. (An environment with many
+    contacts takes longer than others.)
 
     Args:
+        envs (n,): indices; counter: address of the int64 number of environments already taken.
         model, data: addresses of mjModel and of each environment's mjData; pointers (num_envs, len(FIELDS)): see
             `_addresses`; sizes: nq, nv, nu, nsite, nM, grip site id.
         arm (3, 7): qpos and dof addresses and actuators; masses (7, 7): where M[i, j] lies in the sparse qM, or -1.
@@ -190,7 +206,11 @@ def _control_steps(
     q, qd, bias, torque = np.empty(7), np.empty(7), np.empty(7), np.empty(7)
     target, pos_error, ori_error, velocity = np.empty(3), np.empty(3), np.empty(3), np.empty(6)
     delta, turn = np.empty(3), np.empty((3, 3))
-    for e in range(first, last):
+    while True:
+        number = _take_number(counter)
+        if number >= len(envs):
+            return
+        e = envs[number]
         qpos, qvel, ctrl = _view(pointers[e, QPOS], (nq,)), _view(pointers[e, QVEL], (nv,)), _view(pointers[e, CTRL], (nu,))
         qM, qfrc_bias = _view(pointers[e, QM], (nM,)), _view(pointers[e, BIAS], (nv,))
         site_xpos, site_xmat = _view(pointers[e, SITE_XPOS], (nsite, 3)), _view(pointers[e, SITE_XMAT], (nsite, 3, 3))
@@ -496,7 +516,8 @@ class LiberoVectorEnv(VectorEnv):
         self._elapsed = np.zeros(num_envs, np.int64)
         self._state_indices = np.zeros(num_envs, np.int64)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self._threads = ThreadPoolExecutor(min(num_threads or cores, num_envs))
+        self._all, self._num_threads = np.arange(num_envs), num_threads or cores
+        self._threads = ThreadPoolExecutor(self._num_threads)
 
     # ------------------------------------------------------------------ gymnasium's interface
 
@@ -592,20 +613,13 @@ class LiberoVectorEnv(VectorEnv):
     def _advance(self, actions: np.ndarray, envs: np.ndarray | None = None, repeat: int = 1) -> None:
         """Control steps with constant actions, in threads; `envs` (default all) are the environments that move."""
 
+        envs, counter = self._all if envs is None else envs, np.zeros(1, np.int64)
         memory = actions, repeat, self._goal_rot, self._grip, self._near, self._obs
-
-        def run(first, last):
-            _control_steps(first, last, *self._constants, *memory)
-
-        workers = self._threads._max_workers
-        if envs is not None:
-            list(self._threads.map(run, envs, envs + 1))
-        elif workers == 1:
-            run(0, self.num_envs)
-        else:  # small slices, so that an environment with many contacts doesn't hold up the others
-            size = max(1, self.num_envs // (8 * workers))
-            starts = range(0, self.num_envs, size)
-            list(self._threads.map(run, starts, (min(s + size, self.num_envs) for s in starts)))
+        arguments = (envs, counter.ctypes.data, *self._constants, *memory)
+        helpers = [self._threads.submit(_control_steps, *arguments) for _ in range(min(self._num_threads, len(envs)) - 1)]
+        _control_steps(*arguments)  # this thread works too
+        for helper in helpers:
+            helper.result()
 
     def _reset(self, envs: np.ndarray, init_states: np.ndarray | None) -> None:
         kind, pool = ("train", self.task.train_states) if init_states is None else ("init", self.task.init_states)

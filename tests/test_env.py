@@ -41,8 +41,9 @@ def opened(task, state):
 def parity(assets, tmp_path_factory):
     """Results of benchmarks.fidelity, in a process of its own: LIBERO changes global state."""
     path = tmp_path_factory.mktemp("fidelity") / "fidelity.json"
-    command = [sys.executable, "-m", "benchmarks.fidelity", "--tasks", *PARITY_TASKS, "--no-demos", "--steps", "40", "--states", "20"]
-    subprocess.run([*command, "--assets", assets, "--json", str(path)], cwd=ROOT, check=True, stdin=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "benchmarks.fidelity", "--tasks", *PARITY_TASKS, "--part", "trajectories", "flags"]
+    arguments = ["--steps", "40", "--states", "20", "--assets", assets, "--json", str(path)]
+    subprocess.run([*command, *arguments], cwd=ROOT, check=True, stdin=subprocess.DEVNULL)
     return json.loads(path.read_text())["tasks"]
 
 
