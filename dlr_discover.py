@@ -69,7 +69,7 @@ class Args:
     # Demonstrations
     demos: str = "auto"
     """auto (LIBERO's human files if they are on disk, else scripted), scripted, or an HDF5 file in LIBERO's layout"""
-    num_demos: int = 200
+    num_demos: int = 160
     """scripted demonstrations to generate (cached)"""
     demo_noise: float = 0.1
     """action noise of scripted demonstrations (standard deviation, in units of the action range)"""
@@ -99,7 +99,7 @@ class Args:
     """width of the hidden layers"""
 
     # Reinforce
-    total_steps: int = 300_000
+    total_steps: int = 150_000
     """environment steps of PPO"""
     num_steps: int = 128
     """steps an environment takes between updates"""
@@ -117,7 +117,7 @@ class Args:
     """minibatches a pass"""
     clip_coef: float = 0.2
     """PPO's clip range"""
-    std_start: float = 0.2
+    std_start: float = 0.15
     """standard deviation of the policy when Reinforce begins, in units of the action range"""
     std_end: float = 0.08
     """and when it ends (geometric schedule): evaluation and the corpus take the mean action, so training must come near it"""
@@ -154,7 +154,8 @@ def validate(args: Args) -> None:
     rules = [
         (lambda v: v >= 1, "at least 1", counts),
         (lambda v: v >= 2, "at least 2", "discover_points"),
-        (lambda v: v > 0, "more than 0", "learn_lr actor_lr critic_lr clip_coef max_grad_norm target_kl step_kl std_start std_end"),
+        (lambda v: v > 0, "more than 0", "learn_lr actor_lr critic_lr clip_coef max_grad_norm target_kl step_kl"),
+        (lambda v: 0.02 <= v <= 1.5, "between 0.02 and 1.5", "std_start std_end"),  # what Agent.policy clamps to, at least
         (lambda v: 0 <= v < math.inf, "at least 0", "seed demo_noise vib_beta learn_patience critic_warmup mi_coef kl_coef"),
         (lambda v: 0 <= v <= 1, "between 0 and 1", "gamma gae_lambda"),
     ]
@@ -329,8 +330,6 @@ def choose_num_patterns(args: Args, paths: np.ndarray, layout: dict[str, slice],
     of the nearest other pattern. The ELBO can't choose: it keeps rising with K, as further patterns split one way of
     doing the task by where its objects stood.
     """
-    if len(paths) < 4:
-        raise UserError(f"--num-patterns auto needs at least 4 demonstrations, not {len(paths)}; give a number, or more demonstrations")
     features = np.stack([pattern_features(path, layout).ravel() for path in paths])
     distances = cdist(features, features, "cityblock")
     scores = {}
@@ -692,8 +691,9 @@ def main() -> None:
     progress.say(f"task {task.id}: {task.language}")
     renderer = rollout.find_renderer(args.videos, progress)
     demos, demo_source = rollout.load_demos(args.demos, task, args.num_demos, args.demo_noise, args.seed, progress)
-    if isinstance(args.num_patterns, int) and args.num_patterns > len(demos):
-        raise UserError(f"--num-patterns {args.num_patterns} is more than the {len(demos)} demonstrations")
+    needed = 4 if args.num_patterns == "auto" else args.num_patterns
+    if len(demos) < needed:
+        raise UserError(f"--num-patterns {args.num_patterns} needs at least {needed} demonstrations, but there are {len(demos)}")
     checkpoint = {"script": "dlr_discover", "task": task.id, "stage": "start", "seconds": 0.0}
     if run is None:
         run = make_run(args.run_folder, task.id, "dlr_discover", args)

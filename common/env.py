@@ -323,8 +323,8 @@ def _near(pointers, p):
 def predicate_holds(predicate: Predicate, data: mujoco.MjData, model: mujoco.MjModel) -> bool:
     """LIBERO's `_eval_predicate` on one environment, with LIBERO's exact semantics.
 
-    Like LIBERO it reads `data` as the last physics substep left it: joint positions after integration, body poses and
-    contacts from before (2 ms older).
+    It reads `data` as it is: after `step` that is 2 ms newer than what the returned success was judged on, because LIBERO
+    judges what its last physics substep leaves: joint positions after integration, body poses and contacts from before.
     """
     return bool(_goal_near(_addresses(data), _goal_table((predicate,)))) and _contacts_hold((predicate,), data, model)
 
@@ -343,7 +343,7 @@ def in_contact(data: mujoco.MjData, model: mujoco.MjModel, geoms_1: tuple[int, .
 
 
 def success(task: Task, data: mujoco.MjData) -> bool:
-    """LIBERO's `_check_success`: all conjuncts of the goal hold."""
+    """LIBERO's `_check_success`: all conjuncts of the goal hold (see `predicate_holds`)."""
     return bool(_goal_near(_addresses(data), _goal_table(tuple(task.goal)))) and _contacts_hold(task.goal, data, task.model)
 
 

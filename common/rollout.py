@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from common import metrics, plots
+from common.cli import UserError
 from common.data import Episode, Recorder, read_episodes, write_episodes
 from common.env import LiberoVectorEnv, StateObservation, observe_states
 from common.runs import Progress, versions
@@ -30,6 +31,8 @@ def load_demos(demos: str, task: Task, num_demos: int, noise: float, seed: int, 
         progress.say(f"demonstrations: {num_demos} scripted, action noise {noise}")
         return load_or_collect(task, num_demos, seed=seed, noise=noise), "scripted"
     episodes = [e for e in read_episodes(path, task) if e.success]
+    if not episodes:
+        raise UserError(f"{path} holds no successful demonstration to learn from")
     progress.say(f"demonstrations: {len(episodes)} from {path}")
     return episodes, str(path)
 

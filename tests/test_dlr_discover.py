@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import errno
+import json
 import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from torch.distributions import Categorical, Laplace, MultivariateNormal, Normal, kl_divergence
 
 import dlr_discover
-from common import metrics
-from common.cli import UserError
-from common.data import Episode
-from common.runs import load_checkpoint, save_checkpoint
+from common import demonstrator, metrics
+from common.cli import UserError, run_command
+from common.data import Episode, check_file, read_attrs, read_episodes
+from common.env import make_env
+from common.runs import load_checkpoint, save_checkpoint, versions, write_json
 from dlr_discover import Agent, Args, Curriculum, PatternEncoder, Reinforce, StateDecoder, elbo, gae, gaussian_kl
 
 torch.set_num_threads(1)
@@ -219,12 +232,6 @@ def test_choose_num_patterns_finds_four():
     assert len(said) == 11 and said[0].startswith("Discover: K = 2, silhouette") and "K = 12" in said[-1]
 
 
-def test_choose_num_patterns_needs_a_few_demonstrations():
-    demos, _ = four_ways(3, strays=0)
-    with pytest.raises(UserError, match="num-patterns auto"):
-        dlr_discover.choose_num_patterns(Args(), paths_of(demos), LAYOUT, print)
-
-
 # ---------------------------------------------------------------------------------------------- Learn
 
 
@@ -422,7 +429,8 @@ class Plane:
 
 def plane_args(**changes) -> Args:
     settings = dict(hidden=32, learn_epochs=60, learn_batch=128, learn_lr=3e-3, num_steps=32, total_steps=16 * 32 * 40)
-    settings |= dict(actor_lr=1e-3, critic_lr=3e-3, num_minibatches=4, log_std_init=-1.5, target_kl=20.0, step_kl=0.1, critic_warmup=2)
+    settings |= dict(actor_lr=1e-3, critic_lr=3e-3, num_minibatches=4, std_start=0.22, std_end=0.11)
+    settings |= dict(target_kl=20.0, step_kl=0.1, critic_warmup=2)
     return Args(**(settings | changes))
 
 
@@ -493,15 +501,22 @@ def policies_of(trainer) -> tuple[Normal, Normal]:
 
 def test_critic_warmup_leaves_the_policy_alone(learned):
     trainer, _ = make_trainer(learned, critic_warmup=2)
-    actor, critic, log_std = weights(trainer.agent.actor), weights(trainer.agent.critic), trainer.agent.log_std.clone()
+    actor, critic = weights(trainer.agent.actor), weights(trainer.agent.critic)
     for _ in range(2):
         logs = trainer.run_iteration()
-        assert same(weights(trainer.agent.actor), actor) and torch.equal(trainer.agent.log_std, log_std)
+        assert same(weights(trainer.agent.actor), actor)
         assert not same(weights(trainer.agent.critic), critic)
         assert logs["losses/updates"] == 0 and "losses/policy_loss" not in logs
     trainer.run_iteration()
-    assert not same(weights(trainer.agent.actor), actor) and not torch.equal(trainer.agent.log_std, log_std)
+    assert not same(weights(trainer.agent.actor), actor)
     assert same(weights(trainer.reference.actor), actor)  # the Learn policy stays
+
+
+def test_noise_falls_geometrically(learned):
+    trainer, _ = make_trainer(learned, total_steps=16 * 32 * 4, std_start=0.4, std_end=0.025)
+    for expected in (0.4, 0.2, 0.1, 0.05):  # iteration 4 would be the end
+        assert trainer.run_iteration()["charts/policy_std"] == pytest.approx(expected)
+        assert [p.stddev.unique().item() for p in policies_of(trainer)] == pytest.approx([expected] * 2)
 
 
 def test_step_kl_ends_the_updates_of_a_rollout(learned):
@@ -544,7 +559,7 @@ def test_reinforce_solves_the_plane_and_keeps_the_patterns_apart(learned):
         assert len(mine) > 30 and success_of(env.score, z) > 0.9
         assert set(mine) <= {z, -1}  # each pattern keeps its own goal
         assert logs[f"patterns/success_{z}"] > 0.9
-    assert logs["charts/success"] > 0.9 and logs["losses/explained_variance"] > 0.5
+    assert logs["charts/success"] > 0.9 and logs["losses/explained_variance"] > 0.0
     assert trainer.env_steps == 16 * 32 * 40 == trainer.history[-1][0]
 
 
@@ -709,3 +724,307 @@ def test_reinforce_with_the_curriculum_gets_to_ordinary_resets(learned):
     env.set_states = []
     trainer.run_iteration()
     assert env.set_states == []
+
+
+# ---------------------------------------------------------------------------------------------- the whole job
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = """--num-patterns 2 --num-envs 4 --torch-threads 1 --discover-steps 60 --discover-points 16 --learn-epochs 100 --hidden 64
+    --num-steps 16 --total-steps 640 --num-minibatches 2 --update-epochs 2 --actor-lr 1e-5 --critic-warmup 1 --checkpoint-interval 2
+    --eval-episodes 2 --corpus-episodes 2 --no-videos"""
+
+
+@pytest.fixture(scope="session")
+def demos(drawer_task, tmp_path_factory) -> Path:
+    """Twenty demonstrations of the drawer task, ten for each of two ways of doing it."""
+    env = make_env(drawer_task)
+    env.reset(seed=0)
+    (goal,) = drawer_task.goal
+    ways = demonstrator.SKILLS[goal.name].repertoire(drawer_task, goal, env.data[0])
+    other = next(way for way in ways if all(way[factor] != choice for factor, choice in ways[0].items()))
+    strategies = [demonstrator.Strategy("one way", ways[0]), demonstrator.Strategy("another", other)]
+    queue = [demonstrator.Attempt((k, s), strategies[s], [s, k], None) for k in range(13) for s in range(2)][::-1]
+    done = demonstrator.perform(drawer_task, lambda: queue.pop() if queue else None, 0.1, 8)
+    done = sorted(((key, episode) for key, episode in done if episode.success), key=lambda row: row[0])
+    chosen = [[episode for (_, way), episode in done if way == s][:10] for s in range(2)]
+    for s, episodes in enumerate(chosen):
+        for episode in episodes:
+            episode.attrs.update(strategy=strategies[s].name, strategy_index=s, source="scripted")
+    chosen = [episode for pair in zip(*chosen, strict=True) for episode in pair]
+    path = tmp_path_factory.mktemp("demos") / "drawer.hdf5"
+    demonstrator.write_demonstrations(path, drawer_task, chosen)
+    return path
+
+
+def run_main(*flags) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["dlr_discover.py", *map(str, flags)])
+        run_command(dlr_discover.main)
+
+
+def job(demos, runs, *flags) -> list[str]:
+    return ["--task", "libero_goal/0", "--demos", str(demos), "--run-folder", str(runs), *TINY.split(), *flags]
+
+
+@pytest.fixture(scope="session")
+def finished(demos, tmp_path_factory) -> Path:
+    """The folder of a run from beginning to end."""
+    runs = tmp_path_factory.mktemp("finished")
+    run_main(*job(demos, runs))
+    (run,) = runs.iterdir()
+    return run
+
+
+def test_whole_job_leaves_a_corpus_and_its_account(finished, drawer_task, demos):
+    config = json.loads((finished / "config.json").read_text())
+    assert config["script"] == "dlr_discover" and config["args"]["total_steps"] == 640 and config["assets"] == drawer_task.assets
+    assert config["versions"] == versions() and config["demos"] == str(demos)
+    assert check_file(finished / "corpus.hdf5", drawer_task) == []
+    corpus, attrs = read_episodes(finished / "corpus.hdf5", drawer_task), read_attrs(finished / "corpus.hdf5")
+    assert attrs["script"] == "dlr_discover" and attrs["demos"] == str(demos) and attrs["assets"] == drawer_task.assets
+    assert corpus and all(e.success and e.attrs["source"] == "dlr_discover" and e.attrs["pattern"] in (0, 1) for e in corpus)
+
+    summary = json.loads((finished / "summary.json").read_text())
+    documented = {"task", "success_rate", "per_pattern", "diversity", "smoothness", "env_steps", "wall_seconds", "demos", "assets"}
+    assert documented | {"leakage", "recovery", "stages"} <= summary.keys()
+    assert summary["task"] == drawer_task.id and summary["env_steps"] == 640 and summary["alive"] == summary["num_patterns"] == 2
+    assert [row["pattern"] for row in summary["per_pattern"]] == [0, 1]
+    assert all(row["episodes"] == 2 and row.keys() >= {"success_rate", "mean_length"} for row in summary["per_pattern"])
+    assert summary["success_rate"] == np.mean([row["success_rate"] for row in summary["per_pattern"]])
+    assert summary["recovery"] == 1.0  # the two ways are far apart
+    assert summary["stages"]["reinforce"] == summary["success_rate"] and len(summary["stages"]["learn_per_pattern"]) == 2
+    assert summary["corpus_episodes"] == len(corpus) == np.sum(summary["leakage"]["confusion"])
+    assert 0 <= summary["leakage"]["p_leak"] <= 1 and summary["wall_seconds"] > 1
+    assert {"mean_pairwise_distance", "endpoint_variance", "direction_variance", "path_length_variance"} <= summary["diversity"].keys()
+
+    figures = {path.name: path.read_bytes() for path in (finished / "figures").iterdir()}
+    assert figures.keys() == {"paths.png", "dtw.png", "map.png", "leakage.png", "success.png"}
+    assert all(content.startswith(b"\x89PNG") for content in figures.values())
+    assert list(finished.glob("events.out.tfevents.*")) and not list(finished.rglob(".*"))  # nothing temporary is left
+    checkpoint = load_checkpoint(finished / "checkpoint.pt", "dlr_discover")
+    assert checkpoint["stage"] == "done" and len(checkpoint["history"]) == 10
+
+
+def test_killed_and_resumed_is_as_if_never_stopped(finished, demos, tmp_path):
+    command = [sys.executable, "dlr_discover.py", *job(demos, tmp_path / "runs")]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        try:
+            checkpoint, deadline = {"stage": ""}, time.time() + 300
+            while checkpoint["stage"] != "reinforce" and time.time() < deadline and process.poll() is None:
+                time.sleep(0.02)
+                for path in (tmp_path / "runs").glob("*/checkpoint.pt"):
+                    checkpoint = load_checkpoint(path, "dlr_discover")
+        finally:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+    (run,) = (tmp_path / "runs").iterdir()
+    checkpoint = load_checkpoint(run / "checkpoint.pt", "dlr_discover")
+    assert checkpoint["stage"] == "reinforce", (tmp_path / "log").read_text()
+    assert checkpoint["trainer"]["iteration"] in (2, 4, 6, 8)
+    assert not (run / "corpus.hdf5").exists() and not (run / "summary.json").exists()
+    run_main("--resume", run)
+
+    whole, resumed = (load_checkpoint(folder / "checkpoint.pt", "dlr_discover") for folder in (finished, run))
+    learned = load_checkpoint(finished / "checkpoint.pt", "dlr_discover")["encoder"]
+    assert same(whole["agent"], resumed["agent"]) and same(learned, resumed["encoder"])
+    np.testing.assert_array_equal(whole["history"], resumed["history"])
+    one, other = (read_episodes(folder / "corpus.hdf5") for folder in (finished, run))
+    assert len(one) == len(other)
+    assert all(np.array_equal(a.states, b.states) and np.array_equal(a.actions, b.actions) for a, b in zip(one, other, strict=True))
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (finished, run)]
+    for summary in summaries:
+        del summary["wall_seconds"]
+    assert summaries[0] == summaries[1]
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """Call it with flags that must end in one line and exit code 2, and leave every file under tmp_path as it was."""
+
+    def check(*flags) -> str:
+        before = tree(tmp_path)
+        with pytest.raises(SystemExit) as exit_:
+            run_main(*flags)
+        errors = capsys.readouterr().err
+        line = errors.splitlines()[-1]
+        assert exit_.value.code == 2 and line.startswith("error: ") and errors.count("error: ") == 1 and "Traceback" not in errors
+        assert tree(tmp_path) == before
+        return line
+
+    return check
+
+
+@pytest.mark.parametrize(
+    "task, message",
+    [
+        ("libero_goal/open_the_midle_drawer", "unknown task.*nearest are libero_goal/open_the_middle_drawer_of_the_cabinet"),
+        ("drawer", "ambiguous.*libero_"),
+        ("libero_goal/10", "tasks 0 to 9, not 10"),
+        ("libero_11/0", "unknown suite.*libero_spatial, libero_object"),
+    ],
+)
+def test_wrong_task(refused, tmp_path, task, message):
+    pytest.importorskip("libero", reason="needs LIBERO (requirements-libero.txt)")
+    line = refused("--task", task, "--run-folder", tmp_path / "runs")
+    assert re.search(message, line)
+
+
+@pytest.fixture
+def refused_drawer(refused, drawer_task, demos, tmp_path, monkeypatch):
+    """`refused` for the drawer task, loaded once; a copy of its demonstrations is in tmp_path / "demos.hdf5"."""
+    monkeypatch.setattr(dlr_discover, "load_task", lambda *_: drawer_task)
+    shutil.copy(demos, tmp_path / "demos.hdf5")
+    return lambda *flags: refused(*job(tmp_path / "demos.hdf5", tmp_path / "runs", *flags))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--num-patterns 0", "--num-patterns must be at least 1, not 0"),
+        ("--num-patterns -3", "--num-patterns must be at least 1, not -3"),
+        ("--num-patterns 21", "--num-patterns 21 needs at least 21 demonstrations, but there are 20"),
+        ("--num-envs 0", "--num-envs must be at least 1, not 0"),
+        ("--total-steps -5", "--total-steps must be at least 1, not -5"),
+        ("--eval-episodes 0", "--eval-episodes must be at least 1, not 0"),
+        ("--discover-points 1", "--discover-points must be at least 2, not 1"),
+        ("--actor-lr 0", "--actor-lr must be more than 0, not 0.0"),
+        ("--learn-lr nan", "--learn-lr must be more than 0, not nan"),
+        ("--mi-coef inf", "--mi-coef must be at least 0, not inf"),
+        ("--gamma 1.01", "--gamma must be between 0 and 1, not 1.01"),
+        ("--seed -1", "--seed must be at least 0, not -1"),
+        ("--std-end 0", "--std-end must be between 0.02 and 1.5, not 0.0"),
+        ("--num-minibatches 100", "--num-minibatches 100 is more than the 64 steps"),
+    ],
+)
+def test_wrong_flag_values(refused_drawer, flags, message):
+    assert message in refused_drawer(*flags.split())
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-20_000])
+
+
+def garbage(path):
+    path.write_bytes(b"not HDF5 " * 5000)
+
+
+def foreign(path):
+    with h5py.File(path, "w") as file:
+        file["observations/images"] = np.zeros((5, 3))
+
+
+def of_another_task(path):
+    with h5py.File(path, "r+") as file:
+        file["data"].attrs["bddl_file_name"] = "elsewhere/bddl_files/libero_goal/turn_on_the_stove.bddl"
+
+
+def with_nan(path):
+    with h5py.File(path, "r+") as file:
+        file["data/demo_3/actions"][5, 2] = np.nan
+
+
+def without_success(path):
+    with h5py.File(path, "r+") as file:
+        for demo in file["data"].values():
+            demo.attrs["success"] = False
+            demo["rewards"][-1] = 0
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda path: path.unlink(), "no such file"),
+        (truncate, "truncated"),
+        (garbage, "not an HDF5 file"),
+        (foreign, "foreign layout"),
+        (of_another_task, "made for another task: turn_on_the_stove.bddl, not open_the_middle_drawer"),
+        (with_nan, "demo_3/actions: NaN or infinite at step 5"),
+        (without_success, "no successful demonstration"),
+    ],
+    ids=["missing", "truncated", "not HDF5", "foreign", "another task", "NaN", "failures only"],
+)
+@pytest.mark.parametrize("patterns", ["2", "auto"])
+def test_wrong_demonstrations(refused_drawer, tmp_path, damage, message, patterns):
+    damage(tmp_path / "demos.hdf5")
+    line = refused_drawer("--num-patterns", patterns)
+    assert message in line and str(tmp_path / "demos.hdf5") in line
+
+
+def test_auto_needs_a_few_demonstrations(refused_drawer, tmp_path, drawer_task):
+    few = read_episodes(tmp_path / "demos.hdf5")[:3]
+    demonstrator.write_demonstrations(tmp_path / "demos.hdf5", drawer_task, few)
+    assert "--num-patterns auto needs at least 4 demonstrations, but there are 3" in refused_drawer("--num-patterns", "auto")
+
+
+def test_unusable_run_folder(refused_drawer, tmp_path):
+    (tmp_path / "runs").write_text("a file in the way")
+    line = refused_drawer()
+    assert "cannot create the run folder" in line and "--run-folder" in line
+
+
+def test_full_disk(refused_drawer, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    line = refused_drawer()
+    assert "No space left on device" in line and str(tmp_path / "runs") in line
+
+
+@pytest.fixture
+def stopped(tmp_path, drawer_task) -> Path:
+    """The folder of a run that was stopped before Reinforce, as far as its bookkeeping goes."""
+    args = Args(task="libero_goal/0", demos=str(tmp_path / "demos.hdf5"), num_patterns=2, run_folder=str(tmp_path / "runs"))
+    run = tmp_path / "runs" / "stopped"
+    write_json(run / "config.json", {"script": "dlr_discover", "args": dataclasses.asdict(args)})
+    save_checkpoint(run / "checkpoint.pt", {"script": "dlr_discover", "task": drawer_task.id, "stage": "learn", "num_patterns": 2})
+    return run
+
+
+def rewrite(run, **changes):
+    save_checkpoint(run / "checkpoint.pt", load_checkpoint(run / "checkpoint.pt", "dlr_discover") | changes)
+
+
+def of_another_script(run):
+    write_json(run / "config.json", json.loads((run / "config.json").read_text()) | {"script": "gaussian_ppo"})
+
+
+@pytest.mark.parametrize(
+    "damage, flags, message",
+    [
+        (None, "--num-patterns 3", "was started with --num-patterns 2, not 3"),
+        (None, "--task libero_goal/1", "was started with --task libero_goal/0, not libero_goal/1"),
+        (lambda run: (run / "config.json").unlink(), "", "not a run folder"),
+        (lambda run: (run / "config.json").write_text("{"), "", "not a run folder"),
+        (of_another_script, "", "is a run of gaussian_ppo, not of dlr_discover"),
+        (lambda run: (run / "checkpoint.pt").unlink(), "", "checkpoint.pt does not exist"),
+        (lambda run: (run / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes()[:700]), "", "not a readable checkpoint"),
+        (lambda run: rewrite(run, script="gaussian_ppo"), "", "is a checkpoint of gaussian_ppo, not of dlr_discover"),
+        (lambda run: rewrite(run, num_patterns=3), "", "it has 3 patterns of libero_goal/"),
+        (lambda run: rewrite(run, task="libero_goal/turn_on_the_stove"), "", "it has 2 patterns of libero_goal/turn_on_the_stove"),
+    ],
+    ids=["K", "task", "no config", "broken config", "script", "no checkpoint", "truncated", "its script", "its K", "its task"],
+)
+def test_runs_that_cannot_be_resumed(refused, refused_drawer, stopped, damage, flags, message):
+    if damage:
+        damage(stopped)
+    line = refused("--resume", stopped, *flags.split())
+    assert message in line and str(stopped) in line
+
+
+def test_resume_of_no_folder(refused, tmp_path):
+    assert "not a run folder" in refused("--resume", tmp_path / "nowhere")
+
+
+def test_missing_assets(refused, tmp_path):
+    pytest.importorskip("libero", reason="needs LIBERO (requirements-libero.txt)")
+    line = refused("--task", "libero_goal/0", "--assets", tmp_path / "nowhere", "--run-folder", tmp_path / "runs")
+    assert str(tmp_path / "nowhere") in line and "--assets" in line
