@@ -69,7 +69,7 @@ class Args:
     # Demonstrations
     demos: str = "auto"
     """auto (LIBERO's human files if they are on disk, else scripted), scripted, or an HDF5 file in LIBERO's layout"""
-    num_demos: int = 160
+    num_demos: int = 80
     """scripted demonstrations to generate (cached)"""
     demo_noise: float = 0.1
     """action noise of scripted demonstrations (standard deviation, in units of the action range)"""
@@ -99,7 +99,7 @@ class Args:
     """width of the hidden layers"""
 
     # Reinforce
-    total_steps: int = 150_000
+    total_steps: int = 200_000
     """environment steps of PPO"""
     num_steps: int = 128
     """steps an environment takes between updates"""
@@ -117,9 +117,9 @@ class Args:
     """minibatches a pass"""
     clip_coef: float = 0.2
     """PPO's clip range"""
-    std_start: float = 0.15
+    std_start: float = 0.12
     """standard deviation of the policy when Reinforce begins, in units of the action range"""
-    std_end: float = 0.08
+    std_end: float = 0.06
     """and when it ends (geometric schedule): evaluation and the corpus take the mean action, so training must come near it"""
     max_grad_norm: float = 0.5
     """gradients are clipped to this norm"""
