@@ -616,9 +616,11 @@ class Reinforce:
                 loss.backward()
                 self.bonus_optimizer.step()
         self.iteration += 1
-        success = [np.mean(o) if o else np.nan for o in self.outcomes]
-        mean_success = float(np.nanmean([success[k] for k in self.alive])) if any(self.outcomes) else 0.0
-        if self.curriculum is not None:
+        settled = self.iteration * args.num_steps >= env.max_steps  # before that, only successes have had time to end
+        success = [np.mean(o) if o and settled else np.nan for o in self.outcomes]
+        known = [success[k] for k in self.alive if not np.isnan(success[k])]
+        mean_success = float(np.mean(known)) if known else np.nan
+        if self.curriculum is not None and known:
             self.curriculum.update(mean_success)
         self.history.append([self.env_steps, *success])
         variance = returns.var()
@@ -635,7 +637,7 @@ class Reinforce:
             charts["charts/mi_bonus"] = float(bonus.mean())
         if self.curriculum is not None:
             charts["charts/curriculum"] = self.curriculum.progress
-        per_pattern = {f"patterns/success_{k}": success[k] for k in self.alive if self.outcomes[k]}
+        per_pattern = {f"patterns/success_{k}": success[k] for k in self.alive if not np.isnan(success[k])}
         return charts | per_pattern | {f"losses/{name}": value for name, value in losses.items()}
 
     @property
@@ -683,7 +685,7 @@ def main() -> None:
     run = None
     if args.resume:
         run = Path(args.resume)
-        args = resumed_args(run, "dlr_discover", args)
+        args = resumed_args(run, "dlr_discover", Args)
     validate(args)
     torch.set_num_threads(args.torch_threads)
     began, progress = time.time(), Progress()

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import tyro
 
 from common.cli import UserError, atomic_path
 
@@ -72,8 +73,8 @@ def make_run(folder: str, task_name: str, script: str, args) -> Path:
             raise UserError(f"cannot create the run folder {run}: {error.strerror}; choose another --run-folder") from error
 
 
-def resumed_args(run: Path, script: str, args):
-    """The arguments of the run in folder `run`; a flag given now that differs from the run's is an error."""
+def resumed_args(run: Path, script: str, cls: type):
+    """The arguments (a `cls`) of the run in folder `run`; a flag on the command line that differs from the run's is an error."""
     try:
         config = json.loads((run / "config.json").read_text())
         stored = dict(config["args"])
@@ -81,13 +82,15 @@ def resumed_args(run: Path, script: str, args):
         raise UserError(f"{run} is not a run folder that can be resumed: no readable config.json in it") from error
     if config.get("script") != script:
         raise UserError(f"{run} is a run of {config.get('script')}, not of {script}; resume it with that script")
-    defaults = {f.name: f.default for f in dataclasses.fields(args)}
-    for name, value in dataclasses.asdict(args).items():
-        if name != "resume" and value != defaults[name] and value != stored.get(name, defaults[name]):
+    names = [f.name for f in dataclasses.fields(cls)]
+    started = cls(**{name: stored[name] for name in names if name in stored} | {"resume": str(run)})
+    given = tyro.cli(cls, default=started)  # the run's arguments, but for what the command line says
+    for name in names:
+        then, now = getattr(started, name), getattr(given, name)
+        if name != "resume" and now != then:
             flag = "--" + name.replace("_", "-")
-            raise UserError(f"{run} was started with {flag} {stored.get(name)}, not {value}; resume it without {flag}, or start a new run")
-    known = {name: value for name, value in stored.items() if name in defaults}
-    return dataclasses.replace(args, **{**known, "resume": str(run)})
+            raise UserError(f"{run} was started with {flag} {then}, not {now}; resume it without {flag}, or start a new run")
+    return started
 
 
 def save_checkpoint(path: Path, content: dict) -> None:

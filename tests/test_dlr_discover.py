@@ -429,7 +429,7 @@ class Plane:
 
 def plane_args(**changes) -> Args:
     settings = dict(hidden=32, learn_epochs=60, learn_batch=128, learn_lr=3e-3, num_steps=32, total_steps=16 * 32 * 40)
-    settings |= dict(actor_lr=1e-3, critic_lr=3e-3, num_minibatches=4, std_start=0.22, std_end=0.11)
+    settings |= dict(actor_lr=1e-3, critic_lr=3e-3, num_minibatches=4, std_start=0.22, std_end=0.22)
     settings |= dict(target_kl=20.0, step_kl=0.1, critic_warmup=2)
     return Args(**(settings | changes))
 
@@ -778,7 +778,7 @@ def finished(demos, tmp_path_factory) -> Path:
 def test_whole_job_leaves_a_corpus_and_its_account(finished, drawer_task, demos):
     config = json.loads((finished / "config.json").read_text())
     assert config["script"] == "dlr_discover" and config["args"]["total_steps"] == 640 and config["assets"] == drawer_task.assets
-    assert config["versions"] == versions() and config["demos"] == str(demos)
+    assert config["versions"].keys() == versions().keys() and config["demos"] == str(demos)
     assert check_file(finished / "corpus.hdf5", drawer_task) == []
     corpus, attrs = read_episodes(finished / "corpus.hdf5", drawer_task), read_attrs(finished / "corpus.hdf5")
     assert attrs["script"] == "dlr_discover" and attrs["demos"] == str(demos) and attrs["assets"] == drawer_task.assets
@@ -826,15 +826,14 @@ def test_killed_and_resumed_is_as_if_never_stopped(finished, demos, tmp_path):
     run_main("--resume", run)
 
     whole, resumed = (load_checkpoint(folder / "checkpoint.pt", "dlr_discover") for folder in (finished, run))
-    learned = load_checkpoint(finished / "checkpoint.pt", "dlr_discover")["encoder"]
-    assert same(whole["agent"], resumed["agent"]) and same(learned, resumed["encoder"])
+    assert same(whole["agent"], resumed["agent"]) and same(whole["encoder"], resumed["encoder"])
     np.testing.assert_array_equal(whole["history"], resumed["history"])
     one, other = (read_episodes(folder / "corpus.hdf5") for folder in (finished, run))
     assert len(one) == len(other)
     assert all(np.array_equal(a.states, b.states) and np.array_equal(a.actions, b.actions) for a, b in zip(one, other, strict=True))
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (finished, run)]
     for summary in summaries:
-        del summary["wall_seconds"]
+        del summary["wall_seconds"], summary["versions"]  # the revision
     assert summaries[0] == summaries[1]
 
 
@@ -1001,6 +1000,7 @@ def of_another_script(run):
     "damage, flags, message",
     [
         (None, "--num-patterns 3", "was started with --num-patterns 2, not 3"),
+        (None, "--num-patterns 8", "was started with --num-patterns 2, not 8"),
         (None, "--task libero_goal/1", "was started with --task libero_goal/0, not libero_goal/1"),
         (lambda run: (run / "config.json").unlink(), "", "not a run folder"),
         (lambda run: (run / "config.json").write_text("{"), "", "not a run folder"),
@@ -1011,7 +1011,7 @@ def of_another_script(run):
         (lambda run: rewrite(run, num_patterns=3), "", "it has 3 patterns of libero_goal/"),
         (lambda run: rewrite(run, task="libero_goal/turn_on_the_stove"), "", "it has 2 patterns of libero_goal/turn_on_the_stove"),
     ],
-    ids=["K", "task", "no config", "broken config", "script", "no checkpoint", "truncated", "its script", "its K", "its task"],
+    ids=["K", "default K", "task", "no config", "broken config", "script", "no checkpoint", "truncated", "its script", "its K", "its task"],
 )
 def test_runs_that_cannot_be_resumed(refused, refused_drawer, stopped, damage, flags, message):
     if damage:

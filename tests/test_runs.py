@@ -1,4 +1,4 @@
-"""Runs: files that appear whole, checkpoints that run no code, resuming, one-line errors, progress without a terminal."""
+"""Runs: whole files, checkpoints that run no code, resuming, one-line errors, progress without a terminal, rollouts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gymnasium.vector import AutoresetMode
 
-from common import runs
+from common import rollout, runs
 from common.cli import UserError, atomic_path, run_command
+from common.data import check_file, read_attrs
+from common.env import make_env
 from common.runs import Progress, load_checkpoint, make_run, resumed_args, save_checkpoint, versions, write_json
 
 
@@ -185,24 +188,39 @@ def stored_run(tmp_path, **content) -> Path:
     return tmp_path / "run"
 
 
-def test_resumed_args_are_the_runs(tmp_path):
-    run = stored_run(tmp_path)
-    assert resumed_args(run, "dlr_discover", Args(resume=str(run))) == Args(3, 2, str(run), 0.5)
-    assert resumed_args(run, "dlr_discover", Args(seed=3, num_patterns=2, resume=str(run))).num_patterns == 2
+@pytest.fixture
+def resumed(tmp_path, monkeypatch):
+    """The arguments of the stored run, when these flags are given beside --resume."""
+
+    def resumed(*flags, run=None, script="dlr_discover"):
+        run = run or tmp_path / "run"
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", "--resume", str(run), *flags])
+        return resumed_args(run, script, Args)
+
+    return resumed
 
 
-def test_resume_errors(tmp_path):
+def test_resumed_args_are_the_runs(tmp_path, resumed):
     run = stored_run(tmp_path)
-    with pytest.raises(UserError, match="was started with --num-patterns 2, not 3"):
-        resumed_args(run, "dlr_discover", Args(num_patterns=3))
+    assert resumed() == Args(3, 2, str(run), 0.5)
+    assert resumed("--seed", "3", "--num-patterns", "2") == Args(3, 2, str(run), 0.5)
+
+
+def test_resume_errors(tmp_path, resumed):
+    run = stored_run(tmp_path)
+    for k in (3, 8):  # 8 is the default, but not the run's
+        with pytest.raises(UserError, match=f"was started with --num-patterns 2, not {k}; resume it without --num-patterns"):
+            resumed("--num-patterns", str(k))
+    with pytest.raises(UserError, match="was started with --added-later 0.5, not 0.7"):
+        resumed("--added-later", "0.7")
     with pytest.raises(UserError, match="is a run of dlr_discover, not of gaussian_ppo"):
-        resumed_args(run, "gaussian_ppo", Args())
+        resumed(script="gaussian_ppo")
     with pytest.raises(UserError, match="not a run folder"):
-        resumed_args(tmp_path / "nowhere", "dlr_discover", Args())
+        resumed(run=tmp_path / "nowhere")
     for text in ("", "[]", "{}", '{"script": "dlr_discover", "args": 3}', "\x00"):
         (run / "config.json").write_text(text)
         with pytest.raises(UserError, match="not a run folder"):
-            resumed_args(run, "dlr_discover", Args())
+            resumed()
 
 
 def test_versions_name_what_results_depend_on():
@@ -258,3 +276,74 @@ def test_progress_without_a_terminal_is_plain_lines(monkeypatch):
     lines = stream.getvalue().splitlines()
     assert "\r" not in stream.getvalue() and 4 <= len(lines) <= 5  # one every 10 s
     assert "Learn  51%  loss 0.5" in lines[-1] and lines[-1].endswith("49 s left")  # 31 units took 31 s, 49 are left
+
+
+# ---------------------------------------------------------------------------------------------- rollouts
+
+
+def drawer_pusher(env):
+    """A policy whose pattern 1 always succeeds, at the second step of an episode, and whose pattern 0 never does."""
+    (goal,) = env.task.goal
+
+    def policy(obs, patterns):
+        assert obs.shape == env.observation_space.shape
+        for i in np.flatnonzero(patterns == 1):
+            if env._elapsed[i] == 1:
+                env.data[i].qpos[goal.qpos[0]] = goal.threshold + goal.sign * 0.02
+        return np.tile([0.0, 0, 0, 0, 0, 0, -1], (env.num_envs, 1))
+
+    return policy
+
+
+@pytest.fixture(scope="module")
+def short_env(drawer_task):
+    return make_env(drawer_task, 3, seed=0, max_steps=6, autoreset_mode=AutoresetMode.DISABLED)
+
+
+def test_evaluate_runs_each_pattern_from_each_official_state(short_env):
+    policy = drawer_pusher(short_env)
+    rows, episodes = rollout.evaluate(short_env, policy, [0, 1], 4, Progress(interval=1e9), "evaluate")
+    assert rows == [
+        {"pattern": 0, "success_rate": 0.0, "episodes": 4, "mean_length": None},
+        {"pattern": 1, "success_rate": 1.0, "episodes": 4, "mean_length": 2.0},
+    ]
+    assert [(e.attrs["pattern"], e.attrs["init_state"]) for e in episodes] == [(z, i) for z in (0, 1) for i in range(4)]
+    for e in episodes:
+        short_env.reset(options={"init_state": e.attrs["init_state"]})
+        np.testing.assert_array_equal(e.states[0], short_env.get_state()[0])
+        assert e.length == (2 if e.success else 6)
+
+
+def test_corpus_is_successes_from_training_resets(short_env, drawer_task, tmp_path):
+    policy = drawer_pusher(short_env)
+
+    def collect(seed):
+        return rollout.collect_corpus(short_env, policy, [0, 1], 5, seed, "dlr_discover", Progress(interval=1e9))
+
+    corpus = collect(7)
+    assert len(corpus) == 5 and all(e.success and e.attrs["pattern"] == 1 and e.attrs["init_state"] == -1 for e in corpus)
+    assert len({e.states[0].tobytes() for e in corpus}) > 1
+    again, other = collect(7), collect(8)
+    assert all(np.array_equal(a.states, b.states) for a, b in zip(corpus, again, strict=True))
+    assert not all(np.array_equal(a.states[0], b.states[0]) for a, b in zip(corpus, other, strict=True))
+    rollout.write_corpus(tmp_path, drawer_task, corpus, "dlr_discover", "scripted")
+    assert check_file(tmp_path / "corpus.hdf5", drawer_task) == []
+    attrs = read_attrs(tmp_path / "corpus.hdf5")
+    assert attrs["script"] == "dlr_discover" and attrs["demos"] == "scripted" and attrs["version_mujoco"] == versions()["mujoco"]
+    features = rollout.path_features(drawer_task, corpus)
+    for e, x in zip(corpus, features, strict=True):
+        assert len(x) == e.length
+        np.testing.assert_array_equal(x[:, :3], e.proprio["ee_pos"])
+
+
+def test_observations_of_stored_states_are_those_of_the_rollout(short_env, drawer_task):
+    seen = []
+
+    def watching(obs, patterns):
+        seen.append(obs[0].copy())
+        return drawer_pusher(short_env)(obs, patterns)
+
+    (episode,) = rollout.roll_out(short_env, watching, [(0, 3)], lambda e: None)
+    obs = rollout.trajectory_observations(drawer_task, episode)
+    assert obs.shape == (7, short_env.observe.size)
+    np.testing.assert_allclose(obs[:6], seen, atol=1e-6)
