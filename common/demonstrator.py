@@ -14,6 +14,7 @@ policy without memory can imitate it: paths are flows in space (`funnel`), and a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import heapq
 import json
@@ -52,25 +53,19 @@ def surface_points(model: mujoco.MjModel, geoms, spacing: float = CELL) -> list[
 
     Meshes, cylinders and the like are taken as their bounding boxes: LIBERO's objects collide as boxes.
     """
-    return [(int(g), _box_points(model.geom_aabb[g, :3], model.geom_aabb[g, 3:], spacing)) for g in geoms]
+    return [(int(g), model.geom_aabb[g, :3] + _box_points(tuple(model.geom_aabb[g, 3:]), spacing)) for g in geoms]
 
 
-def _box_points(centre: np.ndarray, half: np.ndarray, spacing: float) -> np.ndarray:
+@functools.lru_cache(4096)
+def _box_points(half: tuple[float, ...], spacing: float) -> np.ndarray:
     axes = [np.linspace(-h, h, max(2, int(np.ceil(2 * h / spacing)) + 1)) for h in half]
     grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
-    return centre + grid[(np.abs(np.abs(grid) - half) < 1e-9).any(1)]
+    return grid[(np.abs(np.abs(grid) - half) < 1e-9).any(1)]
 
 
 def world_points(data: mujoco.MjData, clouds) -> np.ndarray:
     """(n, 3) points of `surface_points` in the world frame."""
     return np.concatenate([data.geom_xpos[g] + points @ data.geom_xmat[g].reshape(3, 3).T for g, points in clouds])
-
-
-def hand_rotation(finger: np.ndarray, approach: np.ndarray) -> np.ndarray:
-    """Rotation matrix of the grip site whose fingers move along `finger` and whose palm looks along `approach`."""
-    finger = finger - approach * (finger @ approach)
-    finger = finger / np.linalg.norm(finger)
-    return np.column_stack([finger, np.cross(approach, finger), approach])
 
 
 def nearby_points(task: Task, data: mujoco.MjData, centre: np.ndarray, ignore: Sequence[int] = (), radius: float = 0.3):
@@ -88,7 +83,8 @@ def nearby_points(task: Task, data: mujoco.MjData, centre: np.ndarray, ignore: S
         half = np.array([np.inf, np.inf, 0.0]) if plane[g] else model.geom_aabb[g, 3:]
         low, high = np.maximum(local - 0.2, -half), np.minimum(local + 0.2, half)
         if (low <= high).all():
-            clouds.append((g, _box_points(model.geom_aabb[g, :3] + 0.5 * (low + high), 0.5 * (high - low), 2 * CELL)))
+            points = _box_points(tuple(np.round(0.5 * (high - low), 4)), 2 * CELL)
+            clouds.append((g, model.geom_aabb[g, :3] + 0.5 * (low + high) + points))
     return world_points(data, clouds)
 
 
@@ -97,17 +93,6 @@ def hand_rotation(finger: np.ndarray, approach: np.ndarray) -> np.ndarray:
     finger = finger - approach * (finger @ approach)
     finger = finger / np.linalg.norm(finger)
     return np.column_stack([finger, np.cross(approach, finger), approach])
-
-
-def nearby_points(task: Task, data: mujoco.MjData, centre: np.ndarray, ignore: Sequence[int] = (), radius: float = 0.3):
-    """(n, 3) points of everything solid near `centre` but the robot, the table top or floor, and the root bodies `ignore`."""
-    model = task.model
-    robot = [model.body_rootid[model.site_bodyid[task.eef_site]], *ignore]
-    size = model.geom_aabb[:, 3:].max(1)
-    solid = (model.geom_contype | model.geom_conaffinity).astype(bool) & ~np.isin(model.body_rootid[model.geom_bodyid], robot)
-    solid &= (model.geom_type != mujoco.mjtGeom.mjGEOM_PLANE) & (size < 0.4)
-    solid &= np.linalg.norm(data.geom_xpos - centre, axis=1) < radius + size
-    return world_points(data, surface_points(model, np.flatnonzero(solid)))
 
 
 def rotation_vector(rot: np.ndarray) -> np.ndarray:
@@ -125,7 +110,7 @@ class Grasp:
     position: np.ndarray  # (3,)
     rotation: np.ndarray  # (3, 3)
     width: float  # of what is between the fingers (m)
-    area: int  # cells of material between the pads
+    cost: float = 0.0  # the lower, the better
 
 
 def find_grasps(target: np.ndarray, scene: np.ndarray, rotation: np.ndarray, depth: float, floor: float) -> list[Grasp]:
@@ -176,7 +161,7 @@ def find_grasps(target: np.ndarray, scene: np.ndarray, rotation: np.ndarray, dep
         centre = lower + (np.array([i, j]) + 0.5) * CELL
         centre[0] += 0.5 * (first[i, j] + last[i, j])
         position = rotation @ np.array([*centre, -tip[i, j] - PAD_REACH])
-        grasps.append(Grasp(position, rotation, float(last[i, j] - first[i, j]), int(material[i, j].sum())))
+        grasps.append(Grasp(position, rotation, float(last[i, j] - first[i, j])))
     return grasps
 
 
@@ -212,6 +197,16 @@ def come_in(offset: np.ndarray, axis: np.ndarray, path: Detour, height: float, w
     flow = funnel(offset - rise * axis, path.axis, path.length, path.width)
     outward = flow @ axis
     return outward * axis + (flow - outward * axis) * (1.0 - ramp(rise - offset @ axis, 0.02, 0.06))
+
+
+def follow(offset: np.ndarray, *args) -> np.ndarray:
+    """(n, 3) offsets that a hand would pass through if it moved as `come_in(offset, *args)` says."""
+    path = [offset.copy()]
+    while math.sqrt(offset @ offset) > 0.012 and len(path) < 150:
+        step = come_in(offset, *args) * GAIN
+        offset = offset + 0.3 * step * min(1.0, 0.05 * SPEED / np.abs(step).max())
+        path.append(offset)
+    return np.array(path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,10 +250,36 @@ def paths_to(out: np.ndarray) -> list[str]:
 
 # ---------------------------------------------------------------------------------------------- skills
 
+@dataclasses.dataclass
+class Hand:
+    """What a skill has to know of the hand."""
+
+    position: np.ndarray  # (3,) of the grip site
+    rotation: np.ndarray  # (3, 3)
+    opening: float  # between the fingers (m)
+    closing: float  # speed at which it shrinks (m/s)
+
+
 def aligned(turned: np.ndarray, rotation: np.ndarray) -> float:
-    """1 if the hand is turned as `rotation` to 0.3 rad, 0 if it is off by 0.6 rad or more."""
-    cosine = 0.5 * (np.vdot(turned, rotation) - 1.0)
-    return ramp(cosine, 0.825, 0.955)
+    """1 if two rotations differ by 0.3 rad or less, 0 if by 0.6 rad or more."""
+    return ramp(0.5 * (np.vdot(turned, rotation) - 1.0), 0.825, 0.955)
+
+
+def readiness(hand: Hand, rotation: np.ndarray) -> float:
+    """1 if the hand is turned as `rotation` and open, 0 if it is not."""
+    return aligned(hand.rotation, rotation) * ramp(hand.opening, 0.05, 0.07)
+
+
+def grip_phase(miss: float, hand: Hand, width: float) -> str:
+    """What the hand is doing, read off the state alone.
+
+    `miss` is how far the hand is from where it has to be to take hold (m), `width` the thickness of what is to be between the
+    fingers: "reaching" (come in, open), "closing", or "held" (the fingers have stopped; if on nothing, the hand will move
+    away without the thing, and be "reaching" again).
+    """
+    if miss > 0.03 or (miss > 0.012 and hand.opening > 0.07):
+        return "reaching"
+    return "held" if hand.opening < width + 0.012 and hand.closing < 0.02 else "closing"
 
 
 class PlanError(Exception):
@@ -269,7 +290,7 @@ SIDES = {name: side for name, side in DIRECTIONS.items() if name != "over"}
 SIDES |= {f"{x} {y}": (SIDES[x] + SIDES[y]) / math.sqrt(2.0) for x in ("far", "near") for y in ("left", "right")}
 
 
-def top_grasps(task: Task, data: mujoco.MjData, obj) -> dict[str, Grasp]:
+def top_grasps(task: Task, data: mujoco.MjData, obj, only: str | None = None) -> dict[str, Grasp]:
     """Ways to take an object from above: by the rim on one of its sides, or across its middle, by name.
 
     A way that keeps clear of everything is preferred; failing that, one that pushes other movable objects aside.
@@ -279,53 +300,72 @@ def top_grasps(task: Task, data: mujoco.MjData, obj) -> dict[str, Grasp]:
     reach = 0.5 * (points.max(0) - points.min(0))[:2].min()
     others = [o.body for o in task.objects.values() if not o.fixture and o is not obj]
     scenes = [nearby_points(task, data, data.xpos[obj.body], ignore) for ignore in ((), others)]
-    found = {}
+    found: dict[str, Grasp] = {}
     for angle in (0, 90, 45, 135):
         finger = np.array([math.cos(math.radians(angle)), math.sin(math.radians(angle)), 0.0])
         home = finger if angle > 0 else -finger  # of the two ways to hold, the one that turns the wrist by 90 degrees or less
-        for scene in scenes:
-            grasps = find_grasps(points, scene, hand_rotation(home, -UP), 0.022, bottom + 0.004)
-            sides = [(n, s) for n, s in SIDES.items() if abs(s @ finger) > 0.99]
-            for name, side in [*sides, (f"across {angle}", np.zeros(3))]:
-                ranked = []
-                for g in grasps:
-                    offset = (g.position - centre)[:2]
-                    along, across = float(offset @ finger[:2]), float(offset @ (finger[1], -finger[0]))
-                    rim = along * float(side @ finger) > 0.6 * reach if side.any() else abs(along) < 0.012
-                    if rim and abs(across) < 0.02 and not (side.any() and g.width > 0.03):
-                        ranked.append((abs(across) + 0.2 * g.width, len(ranked), g))
-                if ranked and name not in found:
-                    found[name] = min(ranked)[2]
+        names = {name: float(side @ finger) for name, side in SIDES.items() if abs(side @ finger) > 0.99}
+        names[f"across {angle}"] = 0.0
+        for scene in scenes if only is None or only in names else ():
+            if not (missing := [n for n in names if n not in found and only in (None, n)]):
+                break
+            for g in find_grasps(points, scene, hand_rotation(home, -UP), 0.022, bottom + 0.004):
+                offset = (g.position - centre)[:2]
+                along, across = float(offset @ finger[:2]), float(offset @ (finger[1], -finger[0]))
+                g.cost = abs(across) + 0.2 * g.width
+                for name in missing:
+                    rim = along * names[name] > 0.6 * reach and g.width < 0.03 if names[name] else abs(along) < 0.012
+                    if rim and abs(across) < 0.02 and (name not in found or g.cost < found[name].cost):
+                        found[name] = g
     return found
 
 
 class PickPlace:
     """Take a free object and bring it to where a predicate (on, in) wants it."""
 
+    REACH, CARRY = (0.08, 0.04), (0.10, 0.05)  # the last part is vertical: its height, and how far off it begins
+
     def __init__(self, task: Task, predicate: Predicate, factors: dict[str, str]):
         self.task, self.predicate = task, predicate
         self.object = next(o for o in task.objects.values() if o.body == predicate.body)
-        self.side, self.path = factors["grasp"], detour(factors["path"], UP)
+        self.factors, self.path = factors, detour(factors["path"], UP)
         self.grasp: Grasp | None = None
 
     @staticmethod
-    def repertoire(task: Task, predicate: Predicate, data: mujoco.MjData) -> list[dict[str, str]]:
-        """All combinations of choices that can be planned from a state."""
-        obj = next(o for o in task.objects.values() if o.body == predicate.body)
-        found = list(top_grasps(task, data, obj))
-        grasps = [n for n in (*SIDES, *found) if n in found]
-        grasps = list(dict.fromkeys(grasps))[:4]
-        return [{"grasp": grasp, "path": path} for path in paths_to(UP) for grasp in grasps]
+    def holds(task: Task, predicate: Predicate, data: mujoco.MjData) -> dict[str, Grasp]:
+        """The ways to take hold that can be planned from a state, by name."""
+        return top_grasps(task, data, next(o for o in task.objects.values() if o.body == predicate.body))
 
-    def plan(self, data: mujoco.MjData) -> None:
-        grasps = top_grasps(self.task, data, self.object)
-        if self.side not in grasps:
-            raise PlanError(f"no grasp {self.side!r} of {self.object.name}")
-        self.grasp = grasps[self.side]
+    @classmethod
+    def repertoire(cls, task: Task, predicate: Predicate, data: mujoco.MjData, holds: dict[str, Grasp]) -> list[PickPlace]:
+        """A skill, planned from a state, for every combination of a way to take hold and a path."""
+        names = [n for n in SIDES if n in holds][:4] or list(holds)[:4]
+        skills = [cls(task, predicate, {"grasp": name, "path": path}) for name in names for path in paths_to(UP)]
+        for skill in skills:
+            skill.plan(data, holds)
+        return skills
+
+    def plan(self, data: mujoco.MjData, found: dict[str, Grasp] | None = None) -> None:
+        found = found or top_grasps(self.task, data, self.object, self.factors["grasp"])
+        name = self.factors["grasp"]
+        if name not in found and name in SIDES:  # a little to the side of it, as a person would
+            found = top_grasps(self.task, data, self.object)
+            name = max((n for n in found if n in SIDES and SIDES[n] @ SIDES[name] > 0.7), default=name)
+        if name not in found:
+            raise PlanError(f"no grasp {name!r} of {self.object.name}")
+        self.grasp = found[name]
         origin, turn = data.xpos[self.object.body], data.xmat[self.object.body].reshape(3, 3)
         self.offset = turn.T @ (self.grasp.position - origin)  # in the object's frame
         points = world_points(data, surface_points(self.task.model, self.object.geoms))
         self.bottom = points[:, 2].min() - origin[2]
+
+    def preview(self, data: mujoco.MjData) -> list[np.ndarray]:
+        """The hand's way to the object, and with it to the target."""
+        grasp, place = self.grasp.position, self.target(data)
+        origin = data.xpos[self.object.body]
+        reach = grasp + follow(data.site_xpos[self.task.eef_site] - grasp, UP, self.path, *self.REACH)
+        carry = grasp + place - origin + follow(origin - place, UP, self.path, *self.CARRY)
+        return [reach, carry]
 
     def target(self, data: mujoco.MjData) -> np.ndarray:
         """Where the object's origin has to go."""
@@ -334,23 +374,24 @@ class PickPlace:
         place[2] -= self.bottom - (0.005 if p.kind == "ontop" else 0.0)
         return place
 
-    def __call__(self, data: mujoco.MjData, hand: np.ndarray, turned: np.ndarray, opening: float):
-        """(displacement of the hand (3,) m, its rotation (3, 3), gripper) for the state; `opening` is the fingers' (m)."""
+    def __call__(self, data: mujoco.MjData, hand: Hand) -> tuple[np.ndarray, np.ndarray, float]:
+        """For the state: displacement of the hand (3,) m, rotation (3, 3) that it should have, gripper command."""
         if self.grasp is None:
             self.plan(data)
         body = self.object.body
         origin = data.xpos[body]
-        grip = hand - origin - data.xmat[body].reshape(3, 3) @ self.offset  # grip site minus grasp
+        grip = hand.position - origin - data.xmat[body].reshape(3, 3) @ self.offset  # grip site minus grasp
         miss = math.sqrt(grip @ grip)
         place = origin - self.target(data)
         if place[0] * place[0] + place[1] * place[1] < 0.012**2 and place[2] < 0.012:  # placed: let go, and rise
-            return (0.05 * UP if opening > self.grasp.width + 0.02 else 0.0 * UP), self.grasp.rotation, OPEN
-        near = miss < 0.012 or (miss < 0.03 and opening < 0.070)
-        if near and opening < self.grasp.width + 0.006:  # the fingers have stopped on the object: carry it
-            return come_in(place, UP, self.path, 0.10, 0.05), self.grasp.rotation, CLOSE
-        if near:
+            return (0.05 * UP if hand.opening > self.grasp.width + 0.02 else 0.0 * UP), self.grasp.rotation, OPEN
+        phase = grip_phase(miss, hand, self.grasp.width)
+        if phase == "held":
+            return come_in(place, UP, self.path, *self.CARRY), self.grasp.rotation, CLOSE
+        if phase == "closing":
             return -grip, self.grasp.rotation, CLOSE
-        return come_in(grip, UP, self.path, 0.08, 0.04, aligned(turned, self.grasp.rotation)), self.grasp.rotation, OPEN
+        flow = come_in(grip, UP, self.path, *self.REACH, readiness(hand, self.grasp.rotation))
+        return flow, self.grasp.rotation, OPEN
 
 
 @dataclasses.dataclass
@@ -382,6 +423,8 @@ def contacts(task: Task, data: mujoco.MjData, joint: int, sign: float) -> dict[s
         if sign * float(front @ data.xaxis[joint]) > 0:
             return drawer_grasps(points, scene, front)
         return drawer_pushes(points, front)
+    if np.linalg.norm((points - data.xanchor[joint])[:, :2], axis=1).max() > 0.1:
+        return door_pushes(points, data.xanchor[joint], sign * data.xaxis[joint])
     return knob_turns(points, scene, data.xanchor[joint], sign)
 
 
@@ -420,6 +463,23 @@ def drawer_pushes(points: np.ndarray, front: np.ndarray) -> dict[str, Contact]:
     return found
 
 
+def door_pushes(points: np.ndarray, hinge: np.ndarray, axis: np.ndarray) -> dict[str, Contact]:
+    """Push a door that turns about a vertical `axis`, near its top and at several distances from the hinge."""
+    edge = points[np.linalg.norm((points - hinge)[:, :2], axis=1).argmax()] - hinge
+    edge[2] = 0.0
+    width = math.sqrt(edge @ edge)
+    along = edge / width
+    motion = np.cross(axis, along)
+    found = {}
+    for name, part in (("edge", 0.92), ("middle", 0.6)):
+        beside = points[np.abs((points - hinge) @ along - part * width) < 0.012]
+        position = hinge + part * width * along - motion * (((beside - hinge) @ -motion).max() + 0.014)
+        position[2] = beside[:, 2].max() - 0.025
+        for turn, finger in (("", along), (" flipped", -along)):
+            found[f"{name}{turn}"] = Contact(position, hand_rotation(finger, -UP), UP, None)
+    return found
+
+
 def knob_turns(points: np.ndarray, scene: np.ndarray, anchor: np.ndarray, sign: float) -> dict[str, Contact]:
     """Twist a knob between the fingers, or push one end of its ridge with closed fingers."""
     found = {}
@@ -449,6 +509,8 @@ def knob_turns(points: np.ndarray, scene: np.ndarray, anchor: np.ndarray, sign: 
 class Articulate:
     """Move a drawer, door or knob along its joint until a predicate (open, close, turnon, turnoff) holds."""
 
+    REACH = (0.08, 0.04)
+
     def __init__(self, task: Task, predicate: Predicate, factors: dict[str, str]):
         self.task, self.predicate, self.factors = task, predicate, factors
         address = predicate.qpos[0]
@@ -457,21 +519,36 @@ class Articulate:
         self.contact: Contact | None = None
 
     @staticmethod
-    def repertoire(task: Task, predicate: Predicate, data: mujoco.MjData) -> list[dict[str, str]]:
-        """All combinations of choices that can be planned from a state."""
+    def holds(task: Task, predicate: Predicate, data: mujoco.MjData) -> dict[str, Contact]:
+        """The ways to act on the joint that can be planned from a state, by name."""
         joint = int(np.flatnonzero(task.model.jnt_qposadr == predicate.qpos[0])[0])
-        found = contacts(task, data, joint, predicate.sign)
-        return [{"contact": name, "path": path} for name in found for path in paths_to(found[name].out)]
+        return contacts(task, data, joint, predicate.sign)
 
-    def plan(self, data: mujoco.MjData) -> None:
-        found = contacts(self.task, data, self.joint, self.predicate.sign)
+    @classmethod
+    def repertoire(cls, task: Task, predicate: Predicate, data: mujoco.MjData, holds: dict[str, Contact]) -> list[Articulate]:
+        """A skill, planned from a state, for every combination of a way to take hold and a path."""
+        pairs = [(name, path) for name in holds for path in paths_to(holds[name].out)]
+        skills = [cls(task, predicate, {"contact": name, "path": path}) for name, path in pairs]
+        for skill in skills:
+            skill.plan(data, holds)
+        return skills
+
+    def plan(self, data: mujoco.MjData, found: dict[str, Contact] | None = None) -> None:
+        found = found or self.holds(self.task, self.predicate, data)
         if self.factors["contact"] not in found:
             raise PlanError(f"no contact {self.factors['contact']!r} with {self.predicate.args[0]}")
-        c = self.contact = found[self.factors["contact"]]
+        self.contact = found[self.factors["contact"]]
         self.start = float(data.qpos[self.predicate.qpos[0]])
-        self.path = detour(self.factors["path"], c.out)
+        self.path = detour(self.factors["path"], self.contact.out)
 
-    def __call__(self, data: mujoco.MjData, hand: np.ndarray, turned: np.ndarray, opening: float):
+    def preview(self, data: mujoco.MjData) -> list[np.ndarray]:
+        """The hand's way to the contact, and the first centimetres with it."""
+        c = self.contact
+        reach = c.position + follow(data.site_xpos[self.task.eef_site] - c.position, c.out, self.path, *self.REACH)
+        motion = self.predicate.sign * joint_motion(self.task.model, data, self.joint, c.position)
+        return [reach, c.position + np.linspace(0.0, 0.15, 8)[:, None] * motion]
+
+    def __call__(self, data: mujoco.MjData, hand: Hand) -> tuple[np.ndarray, np.ndarray, float]:
         if self.contact is None:
             self.plan(data)
         c = self.contact
@@ -484,7 +561,7 @@ class Articulate:
             turn = axis_rotation(axis, moved)
             position, rotation = anchor + turn @ (c.position - anchor), turn @ c.rotation
             motion = self.predicate.sign * np.cross(axis, position - anchor)
-        offset = hand - position
+        offset = hand.position - position
         if c.width is None:  # push
             speed = math.sqrt(motion @ motion)
             direction = motion / speed
@@ -493,17 +570,17 @@ class Articulate:
             slack = math.sqrt(across @ across)
             if slack < 0.02 and along > -0.03:
                 return 0.06 * (1.0 - ramp(slack, 0.006, 0.016)) * direction - across, c.rotation, CLOSE
-            ready = aligned(turned, c.rotation)
-            return come_in(offset + 0.01 * direction, c.out, self.path, 0.08, 0.04, ready), c.rotation, CLOSE
+            ready = aligned(hand.rotation, c.rotation)
+            return come_in(offset + 0.01 * direction, c.out, self.path, *self.REACH, ready), c.rotation, CLOSE
         miss = math.sqrt(offset @ offset)
-        near = miss < 0.012 or (miss < 0.03 and opening < 0.070)
-        if near and opening < c.width + 0.006:
+        phase = grip_phase(miss, hand, c.width)
+        if phase == "held":
             if self.slide:
-                return 0.06 * motion - (offset - (offset @ motion) * motion), rotation, CLOSE
+                return 0.022 * motion - (offset - (offset @ motion) * motion), rotation, CLOSE
             return -offset, axis_rotation(axis, self.predicate.sign * 0.4) @ rotation, CLOSE
-        if near:
+        if phase == "closing":
             return -offset, rotation, CLOSE
-        return come_in(offset, c.out, self.path, 0.08, 0.04, aligned(turned, rotation)), rotation, OPEN
+        return come_in(offset, c.out, self.path, *self.REACH, readiness(hand, rotation)), rotation, OPEN
 
 
 def axis_rotation(axis: np.ndarray, angle: float) -> np.ndarray:
@@ -536,15 +613,15 @@ class Strategy:
 
 
 MAX_STRATEGIES = 8
-REHEARSALS, FINALS = 1, 7  # training states on which candidates must succeed to be considered, and to be chosen
+REHEARSALS = 6  # training states on which a strategy may fail once
 _strategies: dict[tuple[str, str], list[Strategy]] = {}
 
 
 def strategies(task: Task) -> list[Strategy]:
     """The repertoire of a task: up to 8 ways that work and differ visibly. Found once, then kept in the user's cache folder.
 
-    Every combination of choices that can be planned is rehearsed on a few training states. Of those that always succeed,
-    the ones whose paths lie farthest apart are kept. Raises UserError if nothing works.
+    Of all combinations of choices that can be planned, those are taken whose imagined paths lie farthest apart; each is
+    rehearsed on a few training states, and replaced if it fails. Raises UserError if nothing works.
     """
     key = (task.id, task.assets)
     if key not in _strategies:
@@ -570,56 +647,56 @@ def _rehearse(task: Task) -> list[dict[str, str]]:
     """The factors of the strategies that `strategies` describes."""
     if unknown := [p.name for p in task.goal if p.name not in SKILLS]:
         raise UserError(f"{task.id}: the scripted demonstrator has no skill for the goal {unknown[0]!r}")
-    env = make_env(task, 1)
+    env = make_env(task, 8)
     env.reset(seed=0)
     main = next((p for p in task.goal if SKILLS[p.name] is PickPlace), task.goal[0])
-    candidates = [Strategy("", f) for f in SKILLS[main.name].repertoire(task, main, env.data[0])]
+    holds = [SKILLS[main.name].holds(task, main, data) for data in env.data]
+    common = {name: hold for name, hold in holds[0].items() if sum(name in others for others in holds) >= 5}
+    skills = SKILLS[main.name].repertoire(task, main, env.data[0], common)
+    features = np.array([_features(skill, env.data[0]) for skill in skills])
     env.close()
-    paths: dict[int, dict[int, np.ndarray]] = {c: {} for c in range(len(candidates))}  # candidate -> state -> path
+    distance = np.linalg.norm(features[:, None] - features[None], axis=-1)
+    passed: set[int] = set()
     failed: set[int] = set()
-    hopeless: set[str] = set()  # ways to take hold that fail even on the direct path
+    stumbled: set[int] = set()
+    while len(skills) > len(failed):
+        pool = [c for c in range(len(skills)) if c not in failed]
+        chosen = sorted(passed)
+        while len(chosen) < min(MAX_STRATEGIES, len(pool)):  # the farthest from those chosen so far
+            rest = [c for c in pool if c not in chosen]
+            chosen.append(max(rest, key=lambda c: distance[c, chosen].min() if chosen else distance[c, pool].sum()))
+        if set(chosen) == passed:
+            break
+        new = [c for c in chosen if c not in passed]
+        queue = [Attempt(c, Strategy("", skills[c].factors), [k, 1], None) for k in range(REHEARSALS) for c in new]
 
-    def rehearse(queue: list[tuple[int, int]]) -> None:
-        def next_attempt():
-            while queue:
-                c, k = queue.pop(0)
-                if c not in failed and next(iter(candidates[c].factors.values())) not in hopeless:
-                    return Attempt((c, k), candidates[c], [k, 1], None)
-            return None
+        def next_attempt(queue=queue):
+            while queue and queue[0].key in failed:  # noqa: B023 (used within this turn of the loop only)
+                queue.pop(0)
+            return queue.pop(0) if queue else None
 
-        max_steps = 150 if len(task.goal) == 1 else task.max_steps
-        for (c, k), episode in perform(task, next_attempt, 0.1, 16, max_steps):
+        for c, episode in perform(task, next_attempt, 0.1, 16, task.max_steps // 2):
             if not episode.success:
-                failed.add(c)
-                hold, path = candidates[c].factors.values()
-                if k == 0 and path == "direct":
-                    hopeless.add(hold)
-                continue
-            steps = np.linspace(0, episode.length - 1, 32).astype(int)
-            turn = np.array([_matrix(q)[:, :2].ravel() for q in episode.proprio["ee_quat"][steps]])
-            paths[c][k] = np.concatenate([episode.proprio["ee_pos"][steps], 0.1 * turn], axis=1)
-
-    rehearse([(c, k) for k in range(REHEARSALS) for c in range(len(candidates))])
-    while True:
-        good = [c for c in paths if len(paths[c]) >= REHEARSALS and c not in failed]
-        if not good:
-            raise UserError(f"{task.id}: the scripted demonstrator finds no way that works")
-        features = np.array([np.concatenate([paths[c][k].ravel() for k in range(REHEARSALS)]) for c in good])
-        distance = np.linalg.norm(features[:, None] - features[None], axis=-1)
-        chosen = [int(c) for c in np.unravel_index(distance.argmax(), distance.shape)][: len(good)]
-        while len(chosen) < min(MAX_STRATEGIES, len(good)):
-            chosen.append(int(distance[:, chosen].min(1).argmax()))
-        chosen = sorted({good[c] for c in chosen})
-        missing = [(c, k) for k in range(FINALS) for c in chosen if k not in paths[c]]
-        if not missing:
-            return [candidates[c].factors for c in chosen]
-        rehearse(missing)
+                (failed if c in stumbled else stumbled).add(c)
+        passed |= set(new) - failed
+        for hold in {_hold(skills[c]) for c in failed}:  # two failures and no success: this way of taking hold is no good
+            same = {c for c in range(len(skills)) if _hold(skills[c]) == hold}
+            if len(same & failed) > 1 and not same & passed:
+                failed |= same
+    if not passed:
+        raise UserError(f"{task.id}: the scripted demonstrator finds no way that works")
+    return [skills[c].factors for c in sorted(passed)]
 
 
-def _matrix(quat_xyzw: np.ndarray) -> np.ndarray:
-    matrix = np.empty(9)
-    mujoco.mju_quat2Mat(matrix, quat_xyzw[[3, 0, 1, 2]])
-    return matrix.reshape(3, 3)
+def _hold(skill) -> str:
+    return next(iter(skill.factors.values()))
+
+
+def _features(skill, data: mujoco.MjData) -> np.ndarray:
+    """(n,) numbers whose distances say how different two ways of doing a task look: the hand's positions, and how it is turned."""
+    parts = [p[np.linspace(0, len(p) - 1, 12).astype(int)].ravel() for p in skill.preview(data)]
+    hold = skill.grasp if isinstance(skill, PickPlace) else skill.contact
+    return np.concatenate([*parts, 0.3 * hold.rotation[:, :2].ravel()])
 
 
 class Demonstrator:
@@ -634,26 +711,29 @@ class Demonstrator:
         self.task, self.strategy, self.noise = task, strategy, noise
         self.rng = rng or np.random.default_rng()
         self.skills = [SKILLS[p.name](task, p, strategy.factors) for p in task.goal]
-        self.failed = False  # set when no plan was found
-        self.fingers = task.gripper_qpos
+        self.failed = False  # set when no plan was found, or the hand is stuck
+        self._trail: list[np.ndarray] = []
 
     def done(self, data: mujoco.MjData) -> bool:
         return all(predicate_holds(p, data, self.task.model) for p in self.task.goal)
 
     def act(self, data: mujoco.MjData) -> np.ndarray:
         """(7,) action in [-1, 1] for the state in `data`, whose poses are up to date; the gripper is -1 or 1."""
-        hand = data.site_xpos[self.task.eef_site]
-        rot = data.site_xmat[self.task.eef_site].reshape(3, 3)
-        qpos = data.qpos
+        position, rotation = data.site_xpos[self.task.eef_site], data.site_xmat[self.task.eef_site].reshape(3, 3)
+        (left, right), (left_speed, right_speed) = data.qpos[self.task.gripper_qpos], data.qvel[self.task.gripper_dof]
+        hand = Hand(position, rotation, float(left - right), float(right_speed - left_speed))
         try:
-            flow, turn, gripper = self.skills[0](data, hand, rot, float(qpos[self.fingers[0]] - qpos[self.fingers[1]]))
+            flow, turn, gripper = self.skills[0](data, hand)
         except PlanError:
             self.failed = True
             return NO_OP.copy()
+        self._trail.append(position.copy())
+        if len(self._trail) % 30 == 0:  # giving up is the only thing that looks back
+            self.failed = bool(np.ptp(self._trail[-30:], axis=0).max() < 0.01)
         action = self.noise * self.rng.standard_normal(7)
         flow *= GAIN / 0.05
         action[:3] += flow * (SPEED / max(SPEED, np.abs(flow).max()))
-        twist = rotation_vector(turn @ rot.T) * (TURN_GAIN / 0.5)
+        twist = rotation_vector(turn @ rotation.T) * (TURN_GAIN / 0.5)
         action[3:6] += twist * (TURN_SPEED / max(TURN_SPEED, np.abs(twist).max()))
         np.clip(action, -1.0, 1.0, out=action)
         action[6] = gripper
