@@ -671,7 +671,7 @@ def _rehearse(task: Task) -> list[dict[str, str]]:
         queue = [Attempt(c, Strategy("", skills[c].factors), [k, 1], None) for k in range(REHEARSALS) for c in new]
 
         def next_attempt(queue=queue):
-            while queue and queue[0].key in failed:  # noqa: B023 (used within this turn of the loop only)
+            while queue and queue[0].key in failed:
                 queue.pop(0)
             return queue.pop(0) if queue else None
 
