@@ -740,7 +740,9 @@ def demos(drawer_task, tmp_path_factory) -> Path:
     env = make_env(drawer_task)
     env.reset(seed=0)
     (goal,) = drawer_task.goal
-    ways = demonstrator.SKILLS[goal.name].repertoire(drawer_task, goal, env.data[0])
+    skill = demonstrator.SKILLS[goal.name]
+    holds = skill.holds(drawer_task, goal, env.data[0])
+    ways = [planned.factors for planned in skill.repertoire(drawer_task, goal, env.data[0], holds)]
     other = next(way for way in ways if all(way[factor] != choice for factor, choice in ways[0].items()))
     strategies = [demonstrator.Strategy("one way", ways[0]), demonstrator.Strategy("another", other)]
     queue = [demonstrator.Attempt((k, s), strategies[s], [s, k], None) for k in range(13) for s in range(2)][::-1]
