@@ -141,11 +141,11 @@ class Pair:
         return max(float(np.abs(values[0] - theirs[name]).max()) for name, values in self.env.proprioception().items())
 
     def model_differences(self) -> list[str]:
-        """Fields of mjModel that are not equal, textures aside."""
+        """Fields of mjModel that are not equal, textures and the paths of the asset files aside."""
         ours, theirs = self.task.model, self.sim.model._model
         equal = functools.partial(np.array_equal, equal_nan=True)
         arrays = [n for n in dir(ours) if n[0] != "_" and isinstance(getattr(ours, n), np.ndarray)]
-        return [n for n in arrays if "tex" not in n and n != "paths" and not equal(getattr(ours, n), getattr(theirs, n))]
+        return [n for n in arrays if "tex" not in n and "path" not in n and not equal(getattr(ours, n), getattr(theirs, n))]
 
 
 def random_actions(rng: np.random.Generator, steps: int) -> np.ndarray:
