@@ -56,17 +56,13 @@ def measure(task_id: str, assets: str | None, init_states: int, noise: float, se
         repertoire = strategies(task)
     except UserError as error:
         return {**row, "success_rate": 0.0, "mean_length": None, "strategies": [], "error": str(error)}
-    episodes = collect(
-        task, len(states) * len(repertoire), seed, noise, keep_failures=True, init_states=states, progress=False
-    )
+    episodes = collect(task, len(states) * len(repertoire), seed, noise, keep_failures=True, init_states=states, progress=False)
 
     def rate(rows):
         lengths = [e.length for e in rows if e.success]
         return {"success_rate": len(lengths) / len(rows), "mean_length": float(np.mean(lengths)) if lengths else None}
 
-    by_strategy = [
-        {"name": s.name, **rate([e for e in episodes if e.attrs["strategy_index"] == i])} for i, s in enumerate(repertoire)
-    ]
+    by_strategy = [{"name": s.name, **rate([e for e in episodes if e.attrs["strategy_index"] == i])} for i, s in enumerate(repertoire)]
     return {**row, **rate(episodes), "strategies": by_strategy}
 
 

@@ -2,7 +2,7 @@
 
 The truth is LIBERO's own `ControlEnv` on robosuite (`common.tasks.libero_env`), stepped in the same process.
 
-Trajectories (two or more tasks of each suite). From three official init states: ten no-ops, then smooth random actions with
+Trajectories (twelve tasks, two or more of each suite). From three official init states: ten no-ops, then smooth random actions with
 pauses of the rotation. After every control step the joint positions qpos (m, rad) and both success flags are compared.
 Up to where the robot first touches anything, both simulations compute the same numbers in another order, and differ by
 rounding. A contact that has just been struck amplifies rounding, in any simulator, so the differences are reported
@@ -14,8 +14,8 @@ Flags (all 130 tasks). On states that span the goal's boundary (`boundary_states
 conjunct and `_check_success` against ours: once in the state itself and once after a control step from it, where LIBERO
 judges poses that are 2 ms old (there only success, as `step` returns it).
 
-Demonstrations (every task that the scripted demonstrator solves). Both of the above with a successful demonstration: its
-actions from its start, so that things are grasped, moved and solved, and the flags in its last states.
+Demonstrations (of these twelve, the tasks that the scripted demonstrator solves). Both of the above with a successful demonstration:
+its actions from its start, so that things are grasped, moved and solved, and the flags in its last states.
 
 The compiled model is compared too: every field of mjModel but the textures, which we shrink.
 
@@ -58,7 +58,7 @@ class Args:
     """Compare our environment with LIBERO's own."""
 
     tasks: list[str] = dataclasses.field(default_factory=list)
-    """task ids (default: every task for the flags, two or more of each suite for the trajectories)"""
+    """task ids (default: every task for the flags, two or more of each suite for the rest)"""
     suite: str | None = None
     """one suite only"""
     part: list[Literal["trajectories", "flags", "demonstrations"]] = dataclasses.field(default_factory=lambda: list(PARTS))
@@ -378,7 +378,7 @@ def main() -> None:
     everything = [f"{suite}/{i}" for suite in SUITES for i in range(len(task_names()[suite]))]
     parts = {t: [] for t in given or everything if args.suite is None or t.startswith(args.suite + "/")}
     for task_id, wanted in parts.items():
-        wanted += [part for part in PARTS if part in args.part and (given or part != "trajectories" or task_id in TRAJECTORY_TASKS)]
+        wanted += [part for part in PARTS if part in args.part and (given or part == "flags" or task_id in TRAJECTORY_TASKS)]
     parts = {t: wanted for t, wanted in parts.items() if wanted}
     if not parts:
         raise UserError(f"no task to compare: --suite {args.suite} has none of --tasks {' '.join(args.tasks)}")

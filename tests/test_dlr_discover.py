@@ -594,6 +594,14 @@ def test_only_living_patterns_are_drawn(learned):
     assert "patterns/success_0" not in logs and math.isnan(trainer.history[-1][1])
 
 
+def test_success_waits_until_failures_have_had_time_to_end(learned):
+    trainer, _ = make_trainer(learned, num_steps=7, total_steps=16 * 7 * 4)  # an episode takes 14 steps at most
+    first, second = trainer.run_iteration(), trainer.run_iteration()
+    assert math.isnan(first["charts/success"]) and "patterns/success_0" not in first
+    assert 0.0 <= second["charts/success"] <= 1.0
+    assert np.isnan(trainer.history[0][1:]).all() and trainer.history[0][0] == 16 * 7
+
+
 # ---------------------------------------------------------------------------------------------- Reinforce: the bonus
 
 
