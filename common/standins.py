@@ -53,6 +53,7 @@ class Shape:
     seen: bool = True
     name: str | None = None  # a named geom of LIBERO
     mass: float | None = None  # if given, not its share of the body's
+    weight: float = 1.0  # density relative to the body's other shapes, for boxes that overlap
 
 
 def about(axis: str, degrees: float) -> np.ndarray:
@@ -80,7 +81,7 @@ def look(kind, centre, size, colour, turn=None, **options) -> Shape:
     return Shape(kind, tuple(centre), tuple(size), colour, np.eye(3) if turn is None else turn, solid=False, **options)
 
 
-def plank(azimuth: float, start, end, width: float, thick: float, colour, centre=(0.0, 0.0)) -> Shape:
+def plank(azimuth: float, start, end, width: float, thick: float, colour, centre=(0.0, 0.0), **options) -> Shape:
     """A board from `start` to `end`, given as (distance from the axis through `centre`, height), seen from the side at `azimuth`.
 
     `width` is half its extent along the tangent, `thick` half its thickness.
@@ -92,7 +93,7 @@ def plank(azimuth: float, start, end, width: float, thick: float, colour, centre
     along = ((r1 - r0) * outward + (z1 - z0) * up) / length
     tangent = np.cross(up, outward)
     middle = (r0 + r1) / 2 * outward + (z0 + z1) / 2 * up + [*centre, 0.0]
-    return box(middle, (thick, width, length / 2), colour, np.column_stack([np.cross(tangent, along), tangent, along]))
+    return box(middle, (thick, width, length / 2), colour, np.column_stack([np.cross(tangent, along), tangent, along]), **options)
 
 
 def chain(azimuth: float, points, width: float, thick: float, colour, centre=(0.0, 0.0)) -> list[Shape]:
@@ -100,25 +101,39 @@ def chain(azimuth: float, points, width: float, thick: float, colour, centre=(0.
     return [plank(azimuth, a, b, width, thick, colour, centre) for a, b in zip(points, points[1:], strict=False)]
 
 
-def ring(profile, thick: float, sides: int, colour, centre=(0.0, 0.0)) -> list[Shape]:
-    """A hollow round thing: planks side by side along a profile of (radius, height), which is the middle of the wall."""
-    widths = [max(a[0], b[0]) * np.tan(np.pi / sides) for a, b in zip(profile, profile[1:], strict=False)]
+def ring(profile, thick: float, sides: int, colour, centre=(0.0, 0.0), seen: float = 1.0) -> list[Shape]:
+    """A hollow round thing: planks side by side along a profile of (radius, height), which is the middle of the wall.
+
+    `seen` is the ratio of the radii that are seen to those that collide: LIBERO's collision geoms stay within its meshes.
+    """
+    if seen != 1.0:
+        outline = [(r * seen, z) for r, z in profile]
+        return [*_planks(profile, thick, sides, colour, centre, seen=False), *_planks(outline, thick, 16, colour, centre, solid=False)]
+    return _planks(profile, thick, sides, colour, centre)
+
+
+def _planks(profile, thick, sides, colour, centre, **options) -> list[Shape]:
     return [
-        plank(360.0 * i / sides, a, b, width, thick, colour, centre)
-        for a, b, width in zip(profile, profile[1:], widths, strict=False)
+        plank(360.0 * i / sides, a, b, max(a[0], b[0]) * np.tan(np.pi / sides), thick, colour, centre, **options)
+        for a, b in zip(profile, profile[1:], strict=False)
         for i in range(sides)
     ]
 
 
-def prism(radius: float, low: float, high: float, colour, centre=(0.0, 0.0), sides: int = 8) -> list[Shape]:
-    """An upright regular prism of `sides` faces at `radius`, as boxes that cross; seen as a cylinder.
+def prism(radius: float, low: float, high: float, colour, centre=(0.0, 0.0), sides: int = 8, weight: float = 1.0) -> list[Shape]:
+    """An upright regular prism of `sides` (a multiple of 4) faces at `radius`, as boxes that cross; seen as a cylinder.
 
-    Boxes instead of a cylinder, as in LIBERO: MuJoCo finds several contacts between boxes, so that it stands still.
+    Boxes instead of a cylinder, as in LIBERO: MuJoCo finds several contacts between boxes, so that it stands still. Two of them
+    reach 0.3 mm further than the others: it stands on a cross, with fewer contacts to solve for.
     """
     middle, half = (*centre, (low + high) / 2), (high - low) / 2
     across = radius * np.tan(np.pi / sides)
-    boxes = [box(middle, (radius, across, half), colour, about("z", 360.0 * i / sides), seen=False) for i in range(sides // 2)]
-    return [*boxes, look("cylinder", middle, (radius, half), colour)]
+    shapes = []
+    for i in range(sides // 2):
+        size = radius, across, half - (0.3 if i % (sides // 4) else 0)
+        turn = about("z", 360.0 * i / sides)
+        shapes.append(box(middle, size, colour, turn, seen=False, weight=weight / 2))  # a prism has half its boxes' volume
+    return [*shapes, look("cylinder", middle, (radius, half), colour)]
 
 
 def tier(half, low: float, high: float, colour, centre=(0.0, 0.0)) -> Shape:
@@ -265,10 +280,10 @@ def small_objects() -> list[Thing]:
     walls += [plank(a, (66.2, 18), (71.4, 145.5), 72.4, 6.7, WOOD) for a in (90, 270)]
     contain = Site("contain_region", (0, 0, 71.85), (61.08, 61.08, 69.49), (0, 0, 0, 1), rgba="0.8 0 0 0")
     crockery = [
-        scanned("akita_black_bowl", 5.6, [*prism(23.5, 1.6, 6.8, BLACK), *ring(bowl, 1.2, 12, BLACK)], pos=(0, -100, 0)),
-        scanned("white_bowl", 2.1, [*prism(17.3, 0.6, 4.2, WHITE), *ring([(r * 0.755, z * 0.673) for r, z in bowl], 1, 12, WHITE)]),
-        scanned("plate", 11.5, [*prism(30, 0.9, 5.3, WHITE), *ring(((30, 0.3), (66.5, 13.2)), 2.5, 12, WHITE)]),
-        scanned("glazed_rim_porcelain_ramekin", 9.7, [*prism(35, 0.9, 7.3, WHITE), *ring(((35.2, 1), (41.3, 42.3)), 2.6, 12, WHITE)]),
+        scanned("akita_black_bowl", 5.6, [*prism(23.5, 1.6, 6.8, BLACK), *ring(bowl, 1.2, 12, BLACK, seen=1.06)], pos=(0, -100, 0)),
+        scanned("white_bowl", 2.1, [*prism(17.3, 0.6, 4.2, WHITE), *ring([(r * 0.755, z * 0.673) for r, z in bowl], 1, 12, WHITE, seen=1.08)]),
+        scanned("plate", 11.5, [*prism(30, 0.9, 5.3, WHITE), *ring(((30, 0.2), (66.5, 13.2)), 2.5, 8, WHITE, seen=1.18)]),
+        scanned("glazed_rim_porcelain_ramekin", 9.7, [*prism(35, 0.9, 7.3, WHITE), *ring(((35.2, 1), (41.3, 42.3)), 2.6, 12, WHITE, seen=1.35)]),
         scanned("chefmate_8_frypan", 50.2, pan),
         scanned("basket", 136.1, [box((2.5, 0, 13.1), (76.6, 72.4, 8.5), WOOD), *walls], [contain]),
     ]
@@ -280,12 +295,12 @@ def small_objects() -> list[Thing]:
     ]
     white_mug = [
         *prism(22.5, 2.4, 12.8, WHITE, (16, -1.6)),
-        *ring(((25, 7), (39.9, 43), (39.9, 108.5)), 2, 12, WHITE, (17, -1.5)),
+        *ring(((26, 7), (41, 43), (41, 108.5)), 2, 12, WHITE, (17, -1.5), seen=1.12),
         *chain(180, ((24, 19), (59.5, 38), (59.5, 74), (30, 94.7)), 8, 3.8, WHITE),
     ]
     red_mug = [
-        *prism(25, 2.8, 7.8, RED, (-18, -3)),
-        *ring(((23, -1), (37.8, 130.2)), 3.5, 8, RED, (-18.4, -3)),
+        *prism(25, 2.8, 7.8, RED, (-18, -2)),
+        *ring(((24, -1), (39, 130.2)), 3.5, 8, RED, (-18.4, -1.5)),
         *chain(0, ((14, 25), (57, 75), (55, 112), (17, 109)), 7.2, 2.8, RED, (0, 1)),
     ]
     pot = [
@@ -302,7 +317,7 @@ def small_objects() -> list[Thing]:
         tier((15, 15), 50, 73.5, WINE),
         tier((11.8, 11.8), 73.5, 88, WINE),
         tier((8, 8), 86, 100, WINE),
-        *prism(7.2, 47.7, 158, WINE),
+        *prism(7.2, 47.7, 158, WINE, weight=2.4),
         look("cylinder", (0, 0, 150), (7.5, 8), RED),
         look("cylinder", (0, 0, 33), (20.1, 16), TAN),
     ]
@@ -600,8 +615,8 @@ def _quaternion(turn: np.ndarray) -> np.ndarray:
 
 
 def _volume(shape: Shape) -> float:
-    """mm^3 of a box."""
-    return 8.0 * float(np.prod(shape.size))
+    """mm^3 of a box, as far as it weighs."""
+    return 8.0 * float(np.prod(shape.size)) * shape.weight
 
 
 def _add_shape(parent: ET.Element, shape: Shape, contact: dict[str, str], density: float) -> None:
@@ -609,7 +624,7 @@ def _add_shape(parent: ET.Element, shape: Shape, contact: dict[str, str], densit
     if not np.allclose(shape.turn, np.eye(3)):
         place["quat"] = _text(_quaternion(shape.turn))
     if shape.solid:
-        weight = {"density": f"{density:.6g}"} if shape.mass is None else {"mass": f"{shape.mass * 1e-3:g}"}
+        weight = {"density": f"{density * shape.weight:.6g}"} if shape.mass is None else {"mass": f"{shape.mass * 1e-3:g}"}
         name = {} if shape.name is None else {"name": shape.name}
         ET.SubElement(parent, "geom", {**name, **place, "group": "0", **weight, **contact})
     if shape.seen:
