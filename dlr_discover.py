@@ -520,6 +520,8 @@ class Reinforce:
     """PPO with all patterns together, one pattern an episode, warm-started from Learn; can be stopped and continued exactly."""
 
     def __init__(self, args: Args, env: LiberoVectorEnv, agent: Agent, encoder: PatternEncoder, alive: list[int], curriculum=None):
+        if len(alive) == 1:  # no other pattern to keep apart from: Theorem 1's leash off, as in the paper's O2O-RL baseline
+            args = dataclasses.replace(args, kl_coef=0.0, target_kl=math.inf)
         self.args, self.env, self.agent, self.encoder = args, env, agent, encoder
         self.alive, self.curriculum = np.array(alive), curriculum
         self.reference = copy.deepcopy(agent).requires_grad_(False)  # the Learn policy

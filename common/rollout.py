@@ -14,7 +14,9 @@ from common.env import LiberoVectorEnv, StateObservation, observe_states
 from common.runs import Progress, versions
 from common.tasks import Task, find_human_demos
 
-Policy = Callable[[np.ndarray, np.ndarray], np.ndarray]  # observations (N, obs_size), patterns (N,) -> actions (N, 7)
+# Observations (N, obs_size), patterns (N,) -> actions (N, 7). A policy that remembers (that is amid a chunk of actions) also has
+# `begin(envs)`, which is called as new episodes begin in the environments `envs` (n,).
+Policy = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def load_demos(demos: str, task: Task, num_demos: int, noise: float, seed: int, progress: Progress) -> tuple[list[Episode], str]:
@@ -53,6 +55,8 @@ def roll_out(env: LiberoVectorEnv, policy: Policy, jobs: Sequence[tuple[int, int
         for i in envs:
             current[i] = todo.pop() if todo else -1
             patterns[i] = jobs[current[i]][0] if current[i] >= 0 else 0
+        if hasattr(policy, "begin"):
+            policy.begin(envs)
         options = {"reset_mask": np.isin(np.arange(env.num_envs), envs)}
         if official:
             options["init_state"] = np.array([jobs[j][1] if j >= 0 else 0 for j in current])

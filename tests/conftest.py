@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from common import tasks
+from common import demonstrator, tasks
 from common.cli import UserError
+from common.env import make_env
 
 
 def _no_download():
@@ -27,3 +30,27 @@ def assets() -> str:
 def drawer_task(assets) -> tasks.Task:
     """libero_goal/0, open the middle drawer of the cabinet: success can be had by setting a joint."""
     return tasks.load_task("libero_goal/0", assets)
+
+
+@pytest.fixture(scope="session")
+def demos(drawer_task, tmp_path_factory) -> Path:
+    """Twenty demonstrations of the drawer task, ten for each of two ways of doing it."""
+    env = make_env(drawer_task)
+    env.reset(seed=0)
+    (goal,) = drawer_task.goal
+    skill = demonstrator.SKILLS[goal.name]
+    holds = skill.holds(drawer_task, goal, env.data[0])
+    ways = [planned.factors for planned in skill.repertoire(drawer_task, goal, env.data[0], holds)]
+    other = next(way for way in ways if all(way[factor] != choice for factor, choice in ways[0].items()))
+    strategies = [demonstrator.Strategy("one way", ways[0]), demonstrator.Strategy("another", other)]
+    queue = [demonstrator.Attempt((k, s), strategies[s], [s, k], [s, k]) for k in range(13) for s in range(2)][::-1]
+    done = demonstrator.perform(drawer_task, lambda: queue.pop() if queue else None, 0.1, 8)
+    done = sorted(((key, episode) for key, episode in done if episode.success), key=lambda row: row[0])
+    chosen = [[episode for (_, way), episode in done if way == s][:10] for s in range(2)]
+    for s, episodes in enumerate(chosen):
+        for episode in episodes:
+            episode.attrs.update(strategy=strategies[s].name, strategy_index=s, source="scripted")
+    chosen = [episode for pair in zip(*chosen, strict=True) for episode in pair]
+    path = tmp_path_factory.mktemp("demos") / "drawer.hdf5"
+    demonstrator.write_demonstrations(path, drawer_task, chosen)
+    return path

@@ -26,7 +26,6 @@ import dlr_discover
 from common import demonstrator, metrics
 from common.cli import UserError, run_command
 from common.data import Episode, check_file, read_attrs, read_episodes
-from common.env import make_env
 from common.runs import load_checkpoint, save_checkpoint, versions, write_json
 from dlr_discover import Agent, Args, Curriculum, PatternEncoder, Reinforce, StateDecoder, elbo, gae, gaussian_kl
 
@@ -740,30 +739,6 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = """--num-patterns 2 --num-envs 4 --torch-threads 1 --discover-steps 60 --discover-points 16 --learn-epochs 100 --hidden 64
     --num-steps 16 --total-steps 640 --num-minibatches 2 --update-epochs 2 --actor-lr 1e-5 --critic-warmup 1 --checkpoint-interval 2
     --eval-episodes 2 --corpus-episodes 2 --no-videos"""
-
-
-@pytest.fixture(scope="session")
-def demos(drawer_task, tmp_path_factory) -> Path:
-    """Twenty demonstrations of the drawer task, ten for each of two ways of doing it."""
-    env = make_env(drawer_task)
-    env.reset(seed=0)
-    (goal,) = drawer_task.goal
-    skill = demonstrator.SKILLS[goal.name]
-    holds = skill.holds(drawer_task, goal, env.data[0])
-    ways = [planned.factors for planned in skill.repertoire(drawer_task, goal, env.data[0], holds)]
-    other = next(way for way in ways if all(way[factor] != choice for factor, choice in ways[0].items()))
-    strategies = [demonstrator.Strategy("one way", ways[0]), demonstrator.Strategy("another", other)]
-    queue = [demonstrator.Attempt((k, s), strategies[s], [s, k], [s, k]) for k in range(13) for s in range(2)][::-1]
-    done = demonstrator.perform(drawer_task, lambda: queue.pop() if queue else None, 0.1, 8)
-    done = sorted(((key, episode) for key, episode in done if episode.success), key=lambda row: row[0])
-    chosen = [[episode for (_, way), episode in done if way == s][:10] for s in range(2)]
-    for s, episodes in enumerate(chosen):
-        for episode in episodes:
-            episode.attrs.update(strategy=strategies[s].name, strategy_index=s, source="scripted")
-    chosen = [episode for pair in zip(*chosen, strict=True) for episode in pair]
-    path = tmp_path_factory.mktemp("demos") / "drawer.hdf5"
-    demonstrator.write_demonstrations(path, drawer_task, chosen)
-    return path
 
 
 def run_main(*flags) -> None:
