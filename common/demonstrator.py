@@ -668,7 +668,7 @@ def _rehearse(task: Task) -> list[dict[str, str]]:
         if set(chosen) == passed:
             break
         new = [c for c in chosen if c not in passed]
-        queue = [Attempt(c, Strategy("", skills[c].factors), [k, 1], [k]) for k in range(REHEARSALS) for c in new]
+        queue = [Attempt(c, Strategy("", skills[c].factors), [k, 1], None) for k in range(REHEARSALS) for c in new]
 
         def next_attempt(queue=queue):
             while queue and queue[0].key in failed:
@@ -745,13 +745,12 @@ class Demonstrator:
 
 @dataclasses.dataclass
 class Attempt:
-    """One try: who asked for it, and with which strategy, action noise and start."""
+    """One try: who asked for it, with which strategy, its random seed, and its official init state (None: a training state)."""
 
     key: Any
     strategy: Strategy
-    noise_seed: list[int]
-    start_seed: list[int]  # draws a training state
-    init_state: int | None = None  # an official init state instead
+    seed: list[int]
+    init_state: int | None
 
 
 def perform(
@@ -768,11 +767,12 @@ def perform(
     def launch() -> None:
         for i in range(num_envs):
             if i not in running and (attempt := next_attempt()) is not None:
+                rng = np.random.default_rng(attempt.seed)
                 options = {"reset_mask": np.arange(num_envs) == i}
                 if attempt.init_state is not None:
                     options["init_state"] = attempt.init_state
-                env.reset(seed=int(np.random.SeedSequence(attempt.start_seed).generate_state(1)[0]), options=options)
-                running[i] = attempt, Demonstrator(task, attempt.strategy, noise, np.random.default_rng(attempt.noise_seed))
+                env.reset(seed=int(rng.integers(2**31)), options=options)
+                running[i] = attempt, Demonstrator(task, attempt.strategy, noise, rng)
 
     launch()
     while running:
@@ -804,9 +804,7 @@ def collect(
     """Let the demonstrator do a task until there are `num_episodes` successful episodes, equally many of each strategy.
 
     The k-th attempt with a strategy depends on (seed, strategy, k) alone, and the first successful ones are taken, so the
-    result depends neither on `num_envs` nor on the machine's speed. All strategies make their k-th attempt from the same
-    start, as in a balanced experiment: where things stand says nothing about which way was chosen, and a policy that is
-    not told the way cannot guess it from there.
+    result depends neither on `num_envs` nor on the machine's speed.
 
     Args:
         noise: standard deviation of the action noise.
@@ -840,8 +838,7 @@ def collect(
             name = repertoire[s].name
             raise UserError(f"{task.id}: strategy {name!r} succeeded {len(taken(s))} times in {len(results[s])}")
         launched[s] += 1
-        start = None if init_states is None else int(init_states[k % len(init_states)])
-        return Attempt((s, k), repertoire[s], [seed, s, k], [seed, k], start)
+        return Attempt((s, k), repertoire[s], [seed, s, k], None if init_states is None else int(init_states[k % len(init_states)]))
 
     with tqdm(total=num_episodes, desc=f"demonstrations of {task.id}", disable=None if progress else True) as bar:
         for (s, k), episode in perform(task, next_attempt, noise, min(num_envs, num_episodes)):

@@ -239,3 +239,42 @@ def plot_map(
     _grid(axes)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
     _save(figure, path)
+
+
+def plot_comparison(
+    path: str | os.PathLike, trajectories: dict[str, Sequence[np.ndarray]], labels: dict[str, Sequence[int]], title: str = ""
+) -> None:
+    """Sources of trajectories side by side, a column each: paths from above, pairwise DTW distances, and a PCA map of all.
+
+    `trajectories`: source -> N of (T_i, D) metres; `labels`: source -> (N,) patterns. All columns share limits, colour scale
+    and components, so that a source that does one thing looks small.
+    """
+    every = [t for rows in trajectories.values() for t in rows]
+    points = np.concatenate([np.asarray(t)[:, :2] for t in every])
+    scores, share = pca(np.stack([metrics.resample(t, 50).ravel() for t in every]) / np.sqrt(50))
+    distances = {name: metrics.pairwise_dtw(rows) for name, rows in trajectories.items()}
+    largest = max(d.max() for d in distances.values())
+
+    figure = _figure(3.3 * len(trajectories) + 0.8, 8.2)
+    grid = figure.subplots(3, len(trajectories), squeeze=False, height_ratios=[0.7, 1, 1])
+    margin, begun, image = 0.03, 0, None
+    for (name, rows), (above, matrix, chart) in zip(trajectories.items(), grid.T, strict=True):
+        patterns = np.asarray(labels[name])
+        order = np.argsort(patterns, kind="stable")
+        for k, x in zip(patterns, rows, strict=True):
+            above.plot(x[:, 1], x[:, 0], color=_style(k)["color"], linewidth=0.7, alpha=0.6)
+        above.set(xlim=(points[:, 1].min() - margin, points[:, 1].max() + margin), xlabel="y (m)", title=name)
+        above.set(ylim=(points[:, 0].max() + margin, points[:, 0].min() - margin), ylabel="x (m), from above", aspect="equal")
+        _grid(above)
+        image = matrix.imshow(distances[name][np.ix_(order, order)], cmap="cividis", vmin=0, vmax=largest, interpolation="nearest")
+        matrix.set(xticks=[], yticks=[], xlabel="trajectories, by pattern")
+        mine = scores[begun : begun + len(rows)]
+        begun += len(rows)
+        chart.plot(*scores.T, "o", color="0.88", markersize=3)
+        for k in np.unique(patterns):
+            chart.plot(*mine[patterns == k].T, **_point(k), alpha=0.8)
+        chart.set(xlabel=f"component 1 (m), {share[0]:.0%}", ylabel=f"component 2 (m), {share[1]:.0%}")
+        _grid(chart)
+    figure.colorbar(image, ax=grid[1, -1], label="DTW distance (m)", shrink=0.9)
+    figure.suptitle(title)
+    _save(figure, path)

@@ -43,7 +43,7 @@ def demos(drawer_task, tmp_path_factory) -> Path:
     ways = [planned.factors for planned in skill.repertoire(drawer_task, goal, env.data[0], holds)]
     other = next(way for way in ways if all(way[factor] != choice for factor, choice in ways[0].items()))
     strategies = [demonstrator.Strategy("one way", ways[0]), demonstrator.Strategy("another", other)]
-    queue = [demonstrator.Attempt((k, s), strategies[s], [s, k], [s, k]) for k in range(13) for s in range(2)][::-1]
+    queue = [demonstrator.Attempt((k, s), strategies[s], [s, k], None) for k in range(13) for s in range(2)][::-1]
     done = demonstrator.perform(drawer_task, lambda: queue.pop() if queue else None, 0.1, 8)
     done = sorted(((key, episode) for key, episode in done if episode.success), key=lambda row: row[0])
     chosen = [[episode for (_, way), episode in done if way == s][:10] for s in range(2)]

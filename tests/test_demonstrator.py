@@ -133,16 +133,6 @@ def test_demonstrations_succeed_replay_and_do_not_depend_on_the_batch(pulling):
         assert replayed[-1] or any(replayed), k
 
 
-def test_all_strategies_start_from_the_same_states(pulling, monkeypatch):
-    two = [PULL, Strategy("again", PULL.factors)]
-    monkeypatch.setitem(demonstrator._strategies, (pulling.id, pulling.assets), two)
-    episodes = collect(pulling, 4, keep_failures=True, num_envs=4, progress=False)
-    assert [(e.attrs["attempt"], e.attrs["strategy_index"]) for e in episodes] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    np.testing.assert_array_equal(episodes[0].states[0], episodes[1].states[0])
-    np.testing.assert_array_equal(episodes[2].states[0], episodes[3].states[0])
-    assert (episodes[0].states[0] != episodes[2].states[0]).any() and (episodes[0].actions[0] != episodes[1].actions[0]).any()
-
-
 def test_an_action_is_a_function_of_the_state(pulling):
     env = make_env(pulling, 1, autoreset_mode=AutoresetMode.DISABLED)
     env.reset(options={"init_state": 0})

@@ -34,8 +34,9 @@ def test_every_figure_is_written_whole(tmp_path):
     plots.plot_leakage(tmp_path / "leakage.png", confusion, "task")
     plots.plot_success(tmp_path / "success.png", [0, 1000], [[0.1, np.nan], [0.5, 0.9]], [(0, "Learn")], "task")
     plots.plot_map(tmp_path / "new" / "map.png", PATHS, LABELS, "task")
+    plots.plot_comparison(tmp_path / "compare.png", {"one": PATHS, "two": PATHS[:5]}, {"one": LABELS, "two": LABELS[:5]}, "task")
     files = sorted(tmp_path.rglob("*.*"))
-    assert [f.name for f in files] == ["dtw.png", "leakage.png", "map.png", "paths.png", "success.png"]
+    assert [f.name for f in files] == ["compare.png", "dtw.png", "leakage.png", "map.png", "paths.png", "success.png"]
     for file in files:
         with Image.open(file) as image:
             image.load()
@@ -132,3 +133,13 @@ def test_patterns_are_told_apart(vision):
     lab = np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], axis=1)
     assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(lab, 2)) > 15
     assert len({str(plots._line(k)) for k in range(16)}) == len({str(plots._point(k)) for k in range(16)}) == 16
+
+
+def test_the_comparison_shares_limits_colours_and_components(drawn):
+    plots.plot_comparison("", {"all": PATHS, "some": PATHS[:5]}, {"all": LABELS, "some": LABELS[:5]})
+    above, matrices, charts = drawn[:2], drawn[2:4], drawn[4:6]
+    assert above[0].get_xlim() == above[1].get_xlim() and above[0].get_ylim() == above[1].get_ylim()
+    assert matrices[0].images[0].get_clim() == matrices[1].images[0].get_clim()
+    assert matrices[1].images[0].get_array().shape == (5, 5)
+    (everything, *_), coloured = charts[1].lines, charts[1].lines[1:]
+    assert len(everything.get_xdata()) == 17 and sum(len(line.get_xdata()) for line in coloured) == 5

@@ -1,0 +1,197 @@
+"""The RL scripts side by side on one task: success, diversity, smoothness, consistency, and what they cost.
+
+    python -m benchmarks.compare runs/RUN [runs/RUN ...]                  # runs that are finished
+    python -m benchmarks.compare --task libero_90/20 --seeds 1 2 3        # runs everything itself; finished runs are kept
+
+A row is a script, over its seeds: the mean, and a 95 % bootstrap interval where there are two or more. The first row holds the
+demonstrations that the runs learned from. Trajectories are compared in equal numbers: as many of each run as the smallest corpus
+holds, the same number of each pattern.
+
+Writes OUT/compare.md, compare.json and compare.png: paths from above, pairwise DTW distances, and one PCA map of all.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from common import metrics, plots, rollout
+from common.cli import UserError, atomic_path, run_command
+from common.data import Episode, read_attrs, read_episodes
+from common.runs import Progress, write_json
+from common.tasks import Task, load_task
+
+SCRIPTS = ("gaussian_ppo", "diffusion_ppo", "dlr_discover")
+# Column: its unit or meaning, and how it is printed.
+COLUMNS = {
+    "success_rate": ("success, 50 official init states a pattern (%)", "{:.0%}"),
+    "mean_jerk": ("jerk (m/s^3)", "{:.1f}"),
+    "mean_acceleration": ("acceleration (m/s^2)", "{:.2f}"),
+    "action_variation": ("action variation (a step)", "{:.2f}"),
+    "steps": ("steps to success", "{:.0f}"),
+    "consistency": ("dispersion within a pattern (m)", "{:.3f}"),
+    "mean_pairwise_distance": ("mean pairwise distance (m)", "{:.2f}"),
+    "dtw": ("mean DTW distance (m)", "{:.3f}"),
+    "path_length_variance": ("path-length variance (m^2)", "{:.3f}"),
+    "state_cells": ("states visited (5 cm cells in 1000 steps)", "{:.0f}"),
+    "env_steps": ("environment steps", "{:,.0f}"),
+    "wall_minutes": ("minutes", "{:.1f}"),
+}
+
+
+@dataclass
+class Args:
+    """Compare finished runs, or run the RL scripts on a task and compare them."""
+
+    runs: tyro.conf.Positional[list[Path]] = field(default_factory=list)
+    """run folders, all of one task"""
+    task: str | None = None
+    """run the scripts on this task instead, with their default flags"""
+    seeds: list[int] = field(default_factory=lambda: [1])
+    """with --task: seeds of the runs"""
+    scripts: list[str] = field(default_factory=lambda: list(SCRIPTS))
+    """with --task: which scripts"""
+    run_folder: str = "runs"
+    """with --task: where runs are, and are written"""
+    assets: str | None = None
+    """LIBERO's asset folder (default: $LIBERO_ASSETS, else LIBERO's own)"""
+    out: Path = Path("compare")
+    """folder for the table and the figure"""
+
+
+@dataclass
+class Run:
+    """A finished run: what its summary says, and its corpus."""
+
+    script: str
+    seed: int
+    config: dict
+    summary: dict
+    corpus: list[Episode]
+
+
+def load_run(folder: Path) -> Run:
+    """Raises UserError if the run is not finished, or not of an RL script."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        summary = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is not a finished run: no readable config.json and summary.json in it") from error
+    if config.get("script") not in SCRIPTS:
+        raise UserError(f"{folder} is a run of {config.get('script')}, not of {', '.join(SCRIPTS)}")
+    return Run(config["script"], config["args"]["seed"], config, summary, read_episodes(folder / "corpus.hdf5"))
+
+
+def run_scripts(args: Args, task: Task) -> list[Path]:
+    """Run every script with every seed; what has been finished with its default flags is kept, what was stopped is resumed."""
+    folders = []
+    for script in args.scripts:
+        if script not in SCRIPTS:
+            raise UserError(f"--scripts: there is no {script!r}; choose from {' '.join(SCRIPTS)}")
+        for seed in args.seeds:
+            pattern = f"{task.id.replace('/', '-')}__{script}__{seed}__*"
+            found = sorted(Path(args.run_folder).glob(pattern))
+            finished = [f for f in found if (f / "summary.json").exists()]
+            if not finished:
+                flags = ["--resume", str(found[-1])] if found else ["--task", task.id, "--seed", str(seed), "--run-folder", args.run_folder]
+                flags += ["--assets", args.assets] if args.assets and not found else []
+                print(f"{script}.py {' '.join(flags)}", flush=True)
+                if code := subprocess.run([sys.executable, f"{script}.py", *flags]).returncode:
+                    raise UserError(f"{script}.py ended with exit code {code}; the table needs all runs")
+                finished = [f for f in sorted(Path(args.run_folder).glob(pattern)) if (f / "summary.json").exists()]
+            folders.append(finished[-1])
+    return folders
+
+
+def patterns_of(episodes: list[Episode]) -> list[int]:
+    """The pattern of each episode: of a demonstration its true strategy, 0 if that is not known."""
+    return [int(e.attrs["pattern"] if e.attrs.get("pattern", -1) >= 0 else e.attrs.get("strategy_index", 0)) for e in episodes]
+
+
+def equal_numbers(episodes: list[Episode], size: int) -> list[Episode]:
+    """The first `size` episodes, taking turns between patterns."""
+    turn: dict[int, int] = {}
+    order = []
+    for position, pattern in enumerate(patterns_of(episodes)):
+        order.append((turn.setdefault(pattern, 0), position))
+        turn[pattern] += 1
+    return [episodes[position] for _, position in sorted(order)[:size]]
+
+
+def measure(task: Task, episodes: list[Episode]) -> dict[str, float]:
+    """The columns that are read off trajectories."""
+    features = rollout.path_features(task, episodes)
+    distances = metrics.pairwise_dtw(features)
+    actions = [e.actions for e in episodes]
+    steps = min(1000, sum(map(len, actions)))
+    values = metrics.smoothness([e.proprio["ee_pos"] for e in episodes], actions) | metrics.diversity(features)
+    values |= metrics.coverage([e.proprio["ee_pos"] for e in episodes], actions, samples=steps)
+    values["dtw"] = float(distances[np.triu_indices(len(distances), 1)].mean()) if len(distances) > 1 else float("nan")
+    values["consistency"] = metrics.consistency(features, patterns_of(episodes))
+    return {name: values[name] for name in COLUMNS if name in values}
+
+
+def table(rows: dict[str, list[dict[str, float]]]) -> str:
+    """Markdown: a line for each measure, a column for each source."""
+    lines = ["| | " + " | ".join(f"{name} ({len(values)})" for name, values in rows.items()) + " |", "|---|" + "---|" * len(rows)]
+    for column, (meaning, form) in COLUMNS.items():
+        cells = []
+        for values in rows.values():
+            x = np.array([v[column] for v in values if v.get(column) is not None])
+            cell = form.format(x.mean()) if len(x) else "-"
+            if len(x) > 1:
+                low, high = metrics.bootstrap_interval(x)
+                cell += f" ({form.format(low)} to {form.format(high)})"
+            cells.append(cell)
+        lines.append(f"| {meaning} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = tyro.cli(Args)
+    if bool(args.runs) == bool(args.task):
+        raise UserError("give run folders, or --task to run the scripts here")
+    if args.task:
+        args.runs = run_scripts(args, load_task(args.task, args.assets))
+    runs = [load_run(folder) for folder in args.runs]
+    if len(names := sorted({run.summary["task"] for run in runs})) > 1:
+        raise UserError(f"the runs are of different tasks: {', '.join(names)}")
+    task = load_task(names[0], args.assets)
+    first = runs[0].config["args"]
+    demos, source = rollout.load_demos(first["demos"], task, first["num_demos"], first["demo_noise"], first["seed"], Progress())
+    size = min(len(demos), *(len(run.corpus) for run in runs))
+    rows: dict[str, list[dict[str, float]]] = {f"demonstrations, {source}": [measure(task, equal_numbers(demos, size))]}
+    shown = {"demonstrations": equal_numbers(demos, size)}
+    for script in SCRIPTS:
+        mine = [run for run in runs if run.script == script]
+        for run in mine:
+            known = {"success_rate": run.summary["success_rate"], "env_steps": run.summary["env_steps"]}
+            known["wall_minutes"] = run.summary["wall_seconds"] / 60
+            rows.setdefault(script, []).append(known | measure(task, equal_numbers(run.corpus, size)))
+        if mine:
+            shown[script] = equal_numbers(mine[0].corpus, size)
+    versions = {read_attrs(folder / "corpus.hdf5").get("version_mujoco") for folder in args.runs}
+    if len(versions) > 1:
+        print(f"warning: the runs used different MuJoCo versions, {', '.join(map(str, versions))}", file=sys.stderr)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = table(rows)
+    seeds = {script: sorted(run.seed for run in runs if run.script == script) for script in shown if script != "demonstrations"}
+    header = f"# {task.id}\n\n{size} trajectories a run; in brackets the number of seeds, and 95 % bootstrap intervals over them.\n\n"
+    with atomic_path(args.out / "compare.md") as temporary:
+        temporary.write_text(header + text + "\n")
+    write_json(args.out / "compare.json", {"task": task.id, "trajectories": size, "seeds": seeds, "rows": rows})
+    features = {name: rollout.path_features(task, episodes) for name, episodes in shown.items()}
+    labels = {name: patterns_of(episodes) for name, episodes in shown.items()}
+    plots.plot_comparison(args.out / "compare.png", features, labels, task.language)
+    print(header + text)
+
+
+if __name__ == "__main__":
+    run_command(main)

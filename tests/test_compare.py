@@ -1,0 +1,55 @@
+"""The comparison's bookkeeping: which trajectories are compared, what the table says, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks import compare
+from common.cli import UserError
+from common.data import Episode
+
+
+def episode(pattern: int, strategy: int | None = None, name: str = "") -> Episode:
+    attrs = {"pattern": pattern, "name": name} | ({} if strategy is None else {"strategy_index": strategy})
+    return Episode(actions=np.zeros((3, 7)), states=np.zeros((3, 4)), proprio={}, success=True, attrs=attrs)
+
+
+def test_patterns_take_turns_when_trajectories_are_left_out():
+    corpus = [episode(pattern, name=f"{pattern}{n}") for pattern in range(3) for n in range(4)]
+    assert [e.attrs["name"] for e in compare.equal_numbers(corpus, 7)] == ["00", "10", "20", "01", "11", "21", "02"]
+    assert compare.patterns_of([episode(-1, 5), episode(2, 5), episode(-1)]) == [5, 2, 0]
+
+
+def test_the_table_gives_means_and_intervals_over_seeds():
+    rows = {"one": [{"success_rate": 0.5}], "three": [{"success_rate": x} for x in (0.8, 0.9, 1.0)]}
+    line = next(line for line in compare.table(rows).splitlines() if line.startswith("| success"))
+    one, three = line.strip("| ").split(" | ")[1:]
+    assert one == "50%" and three.startswith("90% (8") and three.endswith("to 100%)")
+    assert compare.table(rows).splitlines()[0] == "| | one (1) | three (3) |"
+    assert "| - | - |" in compare.table(rows)  # what nobody measured
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "not a finished run"),
+        ({"config.json": {"script": "gaussian_ppo", "args": {"seed": 1}}}, "not a finished run"),
+        ({"config.json": {"script": "vla_pretrain", "args": {"seed": 1}}, "summary.json": {}}, "a run of vla_pretrain"),
+    ],
+)
+def test_what_is_no_finished_run_is_refused(tmp_path, files, message):
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        compare.load_run(tmp_path)
+
+
+@pytest.mark.parametrize("flags", [[], ["run", "--task", "libero_90/9"]])
+def test_runs_or_a_task_not_both_and_not_neither(monkeypatch, flags):
+    monkeypatch.setattr(sys, "argv", ["compare", *flags])
+    with pytest.raises(UserError, match="give run folders, or --task"):
+        compare.main()
