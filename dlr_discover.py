@@ -69,7 +69,7 @@ class Args:
     # Demonstrations
     demos: str = "auto"
     """auto (LIBERO's human files if they are on disk, else scripted), scripted, or an HDF5 file in LIBERO's layout"""
-    num_demos: int = 40
+    num_demos: int = 80
     """scripted demonstrations to generate (cached)"""
     demo_noise: float = 0.1
     """action noise of scripted demonstrations (standard deviation, in units of the action range)"""
@@ -95,8 +95,6 @@ class Args:
     """transitions a gradient step of behaviour cloning"""
     learn_lr: float = 1e-3
     """learning rate of behaviour cloning"""
-    learn_noise: float = 0.1
-    """Gaussian noise on the states that are cloned, in standard deviations of each number over the demonstrations"""
     hidden: int = 256
     """width of the hidden layers"""
 
@@ -158,7 +156,7 @@ def validate(args: Args) -> None:
         (lambda v: v >= 2, "at least 2", "discover_points"),
         (lambda v: v > 0, "more than 0", "learn_lr actor_lr critic_lr clip_coef max_grad_norm target_kl step_kl"),
         (lambda v: 0.02 <= v <= 1.5, "between 0.02 and 1.5", "std_start std_end"),  # what Agent.policy clamps to, at least
-        (lambda v: 0 <= v < math.inf, "at least 0", "seed demo_noise vib_beta learn_patience learn_noise critic_warmup mi_coef kl_coef"),
+        (lambda v: 0 <= v < math.inf, "at least 0", "seed demo_noise vib_beta learn_patience critic_warmup mi_coef kl_coef"),
         (lambda v: 0 <= v <= 1, "between 0 and 1", "gamma gae_lambda"),
     ]
     for holds, wanted, names in rules:
@@ -403,8 +401,7 @@ def learn(args: Args, agent: Agent, demos: list[np.ndarray], actions: list[np.nd
     for epoch in range(args.learn_epochs):
         total = 0.0
         for batch in torch.randperm(len(obs)).split(args.learn_batch):
-            noisy = obs[batch] + args.learn_noise * agent.normalizer.std * torch.randn_like(obs[batch])
-            loss = -agent.policy(noisy, z[batch]).log_prob(act[batch]).sum(-1).mean()
+            loss = -agent.policy(obs[batch], z[batch]).log_prob(act[batch]).sum(-1).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
