@@ -1,0 +1,798 @@
+"""Behaviour cloning of a diffusion policy, then PPO over its denoising steps, as a data engine for VLAs.
+
+The pipeline of "Beyond human demonstrations" (arXiv 2509.19752); its RL is DPPO (arXiv 2409.00588):
+
+1. Learn: a denoiser of action chunks, conditioned on the state through FiLM, is cloned from successful demonstrations.
+2. Reinforce: PPO on the sparse success reward. Denoising is an inner decision process: each step is a Gaussian whose log-probability
+   is known, and all steps share the advantage of the chunk that they lead to.
+
+Then it rolls the policy out and writes the successful trajectories in LIBERO's HDF5 layout.
+
+    python diffusion_ppo.py                        # DPPO: every trained denoising step of every chunk
+    python diffusion_ppo.py --train-steps one      # one random denoising step a chunk
+    python diffusion_ppo.py --resume runs/RUN
+
+docs/diffusion_ppo.md explains every metric and implementation detail.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from gymnasium.vector import AutoresetMode
+from torch import nn
+from torch.distributions import Normal
+from torch.utils.tensorboard import SummaryWriter
+
+from common import metrics, plots, rollout
+from common.cli import UserError, run_command
+from common.env import LiberoVectorEnv, make_env, observe_states
+from common.networks import Normalizer, layer_init, mlp
+from common.runs import Progress, load_checkpoint, make_run, resumed_args, save_checkpoint, versions, write_json
+from common.tasks import load_task
+
+
+@dataclasses.dataclass
+class Args:
+    """Clone demonstrations of a LIBERO task with a diffusion policy, improve it by PPO over denoising, and write a corpus."""
+
+    task: str = "libero_90/KITCHEN_SCENE1_put_the_black_bowl_on_the_plate"
+    """a LIBERO task: suite/index, suite/name, or any part of a name that is unique"""
+    assets: str | None = None
+    """LIBERO's asset folder (default: $LIBERO_ASSETS, else LIBERO's own)"""
+    seed: int = 1
+    """seed of everything that is random"""
+    resume: str | None = None
+    """go on with the run in this folder, exactly where its last checkpoint left it"""
+    run_folder: str = "runs"
+    """where runs are written"""
+    num_envs: int = 32
+    """parallel environments"""
+    torch_threads: int = 2
+    """threads of the learner (results are reproducible for a fixed number)"""
+    checkpoint_interval: int = 5
+    """PPO iterations between checkpoints: what a kill can lose at most"""
+    videos: bool = True
+    """a video, where pictures can be rendered"""
+
+    # Demonstrations
+    demos: str = "auto"
+    """auto (LIBERO's human files if they are on disk, else scripted), scripted, or an HDF5 file in LIBERO's layout"""
+    num_demos: int = 80
+    """scripted demonstrations to generate (cached)"""
+    demo_noise: float = 0.1
+    """action noise of scripted demonstrations (standard deviation, in units of the action range)"""
+
+    # The policy
+    denoiser: Literal["mlp", "unet"] = "mlp"
+    """what predicts the noise: a residual MLP on the whole chunk, or a U-Net along it (--chunk must be even)"""
+    denoising_steps: int = 10
+    """K, the noise levels that behaviour cloning trains"""
+    ddim_steps: int | None = None
+    """sample through so many of the K levels (DDIM; default: all, which with --ddim-eta 1 is DDPM)"""
+    ddim_eta: float = 1.0
+    """noise of the sampler: 1 is DDPM's, 0 none but the floor in the steps that PPO trains"""
+    chunk: int = 4
+    """actions that are denoised together"""
+    execute: int = 4
+    """actions of a chunk that are executed before the next is denoised (receding horizon)"""
+
+    # Learn
+    learn_epochs: int = 150
+    """at most so many epochs of behaviour cloning"""
+    learn_patience: int = 15
+    """stop after so many epochs without a better held-out loss"""
+    learn_batch: int = 512
+    """transitions a gradient step of behaviour cloning"""
+    learn_lr: float = 1e-3
+    """learning rate of behaviour cloning"""
+    hidden: int = 256
+    """width of the hidden layers"""
+    ema_decay: float = 0.995
+    """decay of the moving average of the weights, which is what behaviour cloning ends with"""
+
+    # Reinforce
+    total_steps: int = 200_000
+    """environment steps of PPO"""
+    num_steps: int = 128
+    """steps an environment takes between updates"""
+    gamma: float = 0.99
+    """discount: success at step T is worth gamma^(T-1)"""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation"""
+    actor_lr: float = 1e-5
+    """learning rate of the policy"""
+    critic_lr: float = 1e-3
+    """learning rate of the value function"""
+    update_epochs: int = 5
+    """passes over each rollout"""
+    num_minibatches: int = 8
+    """minibatches a pass"""
+    finetune_steps: int = 5
+    """K', the last denoising steps, which PPO trains; those before keep the cloned weights"""
+    train_steps: Literal["all", "one"] = "all"
+    """which of these K' PPO trains in each chunk: all (DPPO), or one drawn at random (about 1/K' of the cost)"""
+    gamma_denoise: float = 0.99
+    """discount of the advantage for each denoising step between a step and the clean chunk"""
+    clip_coef: float = 0.01
+    """PPO's clip range at the last denoising step; small, as log-probabilities are averaged over the chunk's dimensions"""
+    clip_coef_noisy: float = 0.001
+    """and at the noisiest that is trained; it grows exponentially from there"""
+    std_start: float = 0.12
+    """floor of a trained denoising step's standard deviation when Reinforce begins, in units of the action range"""
+    std_end: float = 0.06
+    """and when it ends (geometric schedule): evaluation and the corpus take the mean action, so training must come near it"""
+    max_grad_norm: float = 0.5
+    """gradients are clipped to this norm"""
+    kl_coef: float = 0.05
+    """weight of KL(policy || Learn policy) in the loss, which keeps noise in the updates from using up target_kl"""
+    target_kl: float = 1.0
+    """the policy loss is left out while KL(policy || Learn policy), in nats a step, is above it"""
+    step_kl: float = 0.03
+    """updates of one rollout stop when the policy has moved so far (nats) from the one that acted"""
+    critic_warmup: int = 3
+    """iterations in which only the value function learns"""
+
+    # Roll out
+    eval_episodes: int = 50
+    """official init states to evaluate the policy on (at most 50)"""
+    corpus_episodes: int = 20
+    """successful trajectories in the corpus"""
+
+
+def validate(args: Args) -> None:
+    """Refuse flag values that cannot work, before anything has begun."""
+    counts = "num_envs torch_threads checkpoint_interval num_demos denoising_steps ddim_steps chunk execute learn_epochs learn_batch hidden"
+    counts += " total_steps num_steps update_epochs num_minibatches finetune_steps eval_episodes corpus_episodes"
+    rules = [
+        (lambda v: v >= 1, "at least 1", counts),
+        (lambda v: v > 0, "more than 0", "learn_lr actor_lr critic_lr clip_coef clip_coef_noisy max_grad_norm target_kl step_kl"),
+        (lambda v: 0.02 <= v <= 1.5, "between 0.02 and 1.5", "std_start std_end"),
+        (lambda v: 0 <= v < math.inf, "at least 0", "seed demo_noise learn_patience critic_warmup kl_coef"),
+        (lambda v: 0 <= v <= 1, "between 0 and 1", "gamma gae_lambda gamma_denoise ddim_eta"),
+        (lambda v: 0 <= v < 1, "at least 0 and less than 1", "ema_decay"),
+    ]
+    for holds, wanted, names in rules:
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not holds(value):
+                raise UserError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
+    if args.ddim_steps is not None and args.ddim_steps > args.denoising_steps:
+        raise UserError(f"--ddim-steps {args.ddim_steps} is more than the {args.denoising_steps} levels of --denoising-steps")
+    if args.finetune_steps > (steps := args.ddim_steps or args.denoising_steps):
+        flag = "--ddim-steps" if args.ddim_steps else "--denoising-steps"
+        raise UserError(f"--finetune-steps {args.finetune_steps} is more than the {steps} denoising steps of {flag}")
+    if args.execute > args.chunk:
+        raise UserError(f"--execute {args.execute} is more than the {args.chunk} actions of --chunk")
+    if args.denoiser == "unet" and args.chunk % 2:
+        raise UserError(f"--denoiser unet halves the chunk, so --chunk must be even, not {args.chunk}")
+    if args.num_minibatches > (batch := -(-args.num_steps // args.execute) * args.num_envs):
+        raise UserError(f"--num-minibatches {args.num_minibatches} is more than the {batch} chunks of --num-steps x --num-envs")
+
+
+# ---------------------------------------------------------------------------------------------- diffusion
+
+
+def cosine_alpha_bar(levels: int) -> torch.Tensor:
+    """(K + 1,) float64: how much of a clean chunk's variance is left at noise level k = 0 (clean) .. K (noise).
+
+    Cosine schedule (Nichol & Dhariwal 2021, eq. 17): x_k = sqrt(alpha_bar_k) x_0 + sqrt(1 - alpha_bar_k) eps.
+    """
+    f = torch.cos((torch.arange(levels + 1, dtype=torch.float64) / levels + 0.008) / 1.008 * math.pi / 2) ** 2
+    beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    return torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, 0)])
+
+
+class Chain(nn.Module):
+    """The sampler: S steps i = 0 (from pure noise) .. S - 1 (to the clean chunk), each a Gaussian N(mean, sigma_i^2).
+
+    DDIM (Song et al. 2021, eq. 12 and 16) through S of K noise levels; with all K of them and eta = 1 it is DDPM (Ho et al. 2020,
+    eq. 6 and 7). Either way the mean is a combination of the noisy chunk and of the clean one that the network predicts.
+    """
+
+    def __init__(self, levels: int, steps: int | None = None, eta: float = 1.0):
+        super().__init__()
+        at = torch.linspace(levels, 0, (steps or levels) + 1).round().long()
+        alpha_bar = cosine_alpha_bar(levels)
+        here, there = alpha_bar[at[:-1]], alpha_bar[at[1:]]
+        sigma = eta * ((1 - there) / (1 - here) * (1 - here / there)).sqrt()
+        from_noisy = ((1 - there - sigma**2).clamp(min=0) / (1 - here)).sqrt()
+        self.register_buffer("level", at[:-1])
+        for name, value in {
+            "signal": here.sqrt(),  # x_k = signal x_0 + noise eps
+            "noise": (1 - here).sqrt(),
+            "sigma": sigma,
+            "from_noisy": from_noisy,  # mean = from_clean x_0 + from_noisy x_k
+            "from_clean": there.sqrt() - from_noisy * here.sqrt(),
+        }.items():
+            self.register_buffer(name, value.float())
+
+    def __len__(self) -> int:
+        return len(self.level)
+
+    def mean(self, x: torch.Tensor, eps: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+        """Mean of step i (...,) from x (..., D), whose noise the network says is eps (..., D). The clean chunk is clamped to [-1, 1]."""
+        signal, noise, from_clean, from_noisy = (c[i][..., None] for c in (self.signal, self.noise, self.from_clean, self.from_noisy))
+        return from_clean * ((x - noise * eps) / signal).clamp(-1, 1) + from_noisy * x
+
+
+class MLPBody(nn.Module):
+    """Residual MLP over the flat chunk, three hidden layers; FiLM (Perez et al. 2018) scales and shifts each before its activation."""
+
+    LAYERS = 3
+
+    def __init__(self, size: int, hidden: int):
+        super().__init__()
+        self.film_size = 2 * hidden * self.LAYERS
+        self.first = layer_init(nn.Linear(size, hidden), 1.0)
+        self.layers = nn.ModuleList(layer_init(nn.Linear(hidden, hidden), 1.0) for _ in range(self.LAYERS))
+        self.last = layer_init(nn.Linear(hidden, size), 0.1)
+
+    def forward(self, x: torch.Tensor, film: torch.Tensor) -> torch.Tensor:
+        """x (..., size), film (..., film_size) -> (..., size)."""
+        h = self.first(x)
+        for layer, (scale, shift) in zip(self.layers, (f.chunk(2, -1) for f in film.chunk(self.LAYERS, -1)), strict=True):
+            h = h + nn.functional.mish((1 + scale) * layer(h) + shift)
+        return self.last(h)
+
+
+class UNetBlock(nn.Module):
+    """Two convolutions along the chunk, FiLM between them, and a shortcut (Chi et al. 2023)."""
+
+    def __init__(self, channels_in: int, channels: int):
+        super().__init__()
+        self.film_size = 2 * channels
+        self.first = nn.Sequential(nn.Conv1d(channels_in, channels, 3, padding=1), nn.GroupNorm(8, channels))
+        self.second = nn.Sequential(nn.Conv1d(channels, channels, 3, padding=1), nn.GroupNorm(8, channels), nn.Mish())
+        self.shortcut = nn.Conv1d(channels_in, channels, 1)
+
+    def forward(self, x: torch.Tensor, film: torch.Tensor) -> torch.Tensor:
+        """x (N, channels_in, T), film (N, film_size) -> (N, channels, T)."""
+        scale, shift = film[..., None].chunk(2, 1)
+        return self.shortcut(x) + self.second(nn.functional.mish((1 + scale) * self.first(x) + shift))
+
+
+class UNetBody(nn.Module):
+    """1-D U-Net along the chunk, 64 and 128 channels, halving it once; every block has FiLM."""
+
+    def __init__(self, chunk: int, action_size: int, width: int = 64):
+        super().__init__()
+        self.shape = chunk, action_size
+        self.down, self.low = UNetBlock(action_size, width), UNetBlock(width, 2 * width)
+        self.middle, self.up = UNetBlock(2 * width, 2 * width), UNetBlock(2 * width, width)
+        self.halve, self.widen = nn.Conv1d(width, width, 3, 2, 1), nn.ConvTranspose1d(2 * width, width, 2, 2)
+        self.last = nn.Conv1d(width, action_size, 1)
+        self.film_sizes = [block.film_size for block in (self.down, self.low, self.middle, self.up)]
+        self.film_size = sum(self.film_sizes)
+
+    def forward(self, x: torch.Tensor, film: torch.Tensor) -> torch.Tensor:
+        """x (..., chunk x action_size), film (..., film_size) -> like x."""
+        batch = x.shape[:-1]
+        down, low, middle, up = film.expand(*batch, -1).flatten(0, -2).split(self.film_sizes, -1)
+        skip = self.down(x.reshape(-1, *self.shape).transpose(1, 2), down)
+        h = self.middle(self.low(self.halve(skip), low), middle)
+        h = self.up(torch.cat([self.widen(h), skip], dim=1), up)
+        return self.last(h).transpose(1, 2).reshape(*batch, -1)
+
+
+class Denoiser(nn.Module):
+    """eps_theta(x_k, k, s): the noise in a chunk. What the observation says is computed once a chunk, by `encode`."""
+
+    def __init__(self, args: Args, obs_size: int, action_size: int):
+        super().__init__()
+        size, hidden = args.chunk * action_size, args.hidden
+        self.body = MLPBody(size, hidden) if args.denoiser == "mlp" else UNetBody(args.chunk, action_size)
+        self.encoder = mlp([obs_size, hidden, hidden, self.body.film_size], out_std=0.3, activation=nn.Mish)
+        self.time = nn.Linear(64, self.body.film_size)
+        angles = torch.arange(args.denoising_steps + 1)[:, None] / args.denoising_steps * torch.logspace(0, 2, 32)
+        self.register_buffer("waves", torch.cat([angles.sin(), angles.cos()], -1))  # of every level, (K + 1, 64)
+
+    def encode(self, obs: torch.Tensor) -> torch.Tensor:
+        """Standardised observations (..., obs_size) -> features (..., film_size), the observation's part of FiLM."""
+        return self.encoder(obs)
+
+    def forward(self, x: torch.Tensor, level: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """x (..., chunk x action_size), level k (...,), features (..., film_size) -> eps like x."""
+        return self.body(x, features + self.time(self.waves)[level])
+
+
+class Agent(nn.Module):
+    """The diffusion policy and V(s). The gripper is an action dimension of which LIBERO takes the sign.
+
+    `actor` takes the last K' denoising steps, and is what is trained; `base`, frozen, holds the Learn policy and takes the others.
+    """
+
+    def __init__(self, args: Args, obs_size: int, action_size: int = 7):
+        super().__init__()
+        self.shape = args.chunk, action_size
+        self.normalizer = Normalizer(obs_size)
+        self.register_buffer("alpha_bar", cosine_alpha_bar(args.denoising_steps).float())
+        self.chain = Chain(args.denoising_steps, args.ddim_steps, args.ddim_eta)
+        self.frozen_steps = len(self.chain) - args.finetune_steps
+        self.actor = Denoiser(args, obs_size, action_size)
+        self.base = copy.deepcopy(self.actor).requires_grad_(False)
+        self.critic = mlp([obs_size, args.hidden, args.hidden, 1], out_std=1.0)
+
+    def value(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.critic(self.normalizer(obs)).squeeze(-1)
+
+    def means(self, net: Denoiser, obs: torch.Tensor, x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+        """Means of denoising steps i (N, S) from x (N, S, D) by `net`, (N, S, D); obs (N, obs_size) is encoded once for all S."""
+        features = net.encode(self.normalizer(obs))[:, None]
+        return self.chain.mean(x, net(x, self.chain.level[i], features), i)
+
+    def stds(self, i: torch.Tensor, floor: float) -> torch.Tensor:
+        """Standard deviation of trained denoising steps i, like i: the sampler's, but at least `floor`; to sample and to score alike."""
+        return self.chain.sigma[i].clamp(min=floor)
+
+    @torch.no_grad()
+    def denoise(self, obs: torch.Tensor, floor: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Denoise a chunk for each observation (N, obs_size).
+
+        `floor`: least standard deviation of the trained steps; None: no noise anywhere, and zero to start from (the mean of
+        pure noise), so that the chunk is a function of the observation.
+
+        Returns: the noisy chunks before and after each trained step, (N, K' + 1, D), the last one is what to execute; the
+            means of the trained steps, (N, K', D).
+        """
+        size = self.shape[0] * self.shape[1]
+        x = torch.zeros(len(obs), size) if floor is None else torch.randn(len(obs), size)
+        obs, path, means = self.normalizer(obs), [], []
+        for i in range(len(self.chain)):
+            if i in (0, self.frozen_steps):  # the observation is encoded once by each of the two
+                net = self.base if i < self.frozen_steps else self.actor
+                features = net.encode(obs)
+            step = torch.full((len(obs),), i)
+            mean = self.chain.mean(x, net(x, self.chain.level[step], features), step)
+            if i >= self.frozen_steps:
+                path.append(x)
+                means.append(mean)
+            x = mean
+            if floor is not None:
+                std = self.stds(step, floor) if i >= self.frozen_steps else self.chain.sigma[step]
+                x = mean + std[:, None] * torch.randn_like(mean)
+        return torch.stack([*path, x], 1), torch.stack(means, 1)
+
+
+def log_prob(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """log N(x; mean, std^2) of denoising steps, x and mean (..., D), std (...,), averaged over D = chunk x action dimensions.
+
+    DPPO's choice: ratios stay near 1 whatever the size of the chunk. It takes their D-th root, hence the small clip ranges.
+    """
+    return Normal(mean, std[..., None]).log_prob(x).mean(-1)
+
+
+class ChunkPolicy:
+    """Receding-horizon control for `common.rollout`: the first `execute` actions of each chunk, denoised without noise."""
+
+    def __init__(self, agent: Agent, num_envs: int, execute: int):
+        self.agent, self.execute = agent, execute
+        self.chunks = np.zeros((num_envs, *agent.shape), np.float32)
+        self.used = np.full(num_envs, execute)  # actions of the present chunk that have been executed
+
+    def begin(self, envs: np.ndarray) -> None:
+        """New episodes have begun in `envs`: what is left of their chunks is void."""
+        self.used[envs] = self.execute
+
+    def __call__(self, obs: np.ndarray, patterns: np.ndarray) -> np.ndarray:
+        """The next action of each environment, (num_envs, 7) in [-1, 1]. `patterns`, which rollouts command, has no meaning here."""
+        due = np.flatnonzero(self.used >= self.execute)
+        if len(due):
+            path, _ = self.agent.denoise(torch.as_tensor(obs[due]), floor=None)
+            self.chunks[due] = path[:, -1].reshape(-1, *self.agent.shape).clamp(-1, 1).numpy()
+            self.used[due] = 0
+        actions = self.chunks[np.arange(len(obs)), self.used]
+        self.used += 1
+        return actions
+
+
+# ---------------------------------------------------------------------------------------------- Learn
+
+
+def action_chunks(actions: np.ndarray, chunk: int) -> np.ndarray:
+    """(T, A) actions -> (T, chunk x A), those from each step on; past the end the last action is repeated."""
+    rows = np.minimum(np.arange(len(actions))[:, None] + np.arange(chunk), len(actions) - 1)
+    return actions[rows].reshape(len(actions), -1).clip(-1, 1)
+
+
+@torch.no_grad()
+def update_ema(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """average <- decay average + (1 - decay) model, for every parameter."""
+    for a, m in zip(average.parameters(), model.parameters(), strict=True):
+        a.lerp_(m, 1 - decay)
+
+
+def denoising_loss(agent: Agent, net: Denoiser, obs: torch.Tensor, chunks: torch.Tensor, level: torch.Tensor, eps: torch.Tensor):
+    """Mean squared error of the predicted noise (Ho et al. 2020, eq. 14): chunks and eps (N, D), level k in 1..K (N,)."""
+    kept = agent.alpha_bar[level][:, None]
+    noisy = kept.sqrt() * chunks + (1 - kept).sqrt() * eps
+    return (net(noisy, level, net.encode(agent.normalizer(obs))) - eps).square().mean()
+
+
+def learn(args: Args, agent: Agent, demos: list[np.ndarray], actions: list[np.ndarray], tick: Callable):
+    """Behaviour cloning of chunks from demonstrations, observations (T_i, obs_size) and actions (T_i, A); `base` becomes `actor`.
+
+    A tenth of the episodes is held out; kept are the moving average's weights of the best held-out loss, and training stops
+    after `learn_patience` epochs without a better one. `tick(epoch, losses)` is called after each epoch.
+    """
+    torch.manual_seed(args.seed + 1)
+    agent.normalizer.fit(np.concatenate(demos))
+    held_out = np.arange(len(demos)) < (max(1, len(demos) // 10) if len(demos) > 1 else 0)
+
+    def tensors(mask):
+        chosen = [(o, action_chunks(a, args.chunk)) for o, a, m in zip(demos, actions, mask, strict=True) if m]
+        return [torch.as_tensor(np.concatenate(column), dtype=torch.float32) for column in zip(*chosen, strict=True)]
+
+    def noise(chunks):
+        return torch.randint(1, args.denoising_steps + 1, (len(chunks),)), torch.randn_like(chunks)
+
+    obs, chunks = tensors(~held_out)
+    test = [x.repeat(8, 1) for x in tensors(held_out if held_out.any() else ~held_out)]  # a single demonstration
+    test += noise(test[1])  # the same for every epoch, so that epochs can be compared
+    net, average = agent.actor, copy.deepcopy(agent.actor)
+    optimizer = torch.optim.Adam(net.parameters(), lr=args.learn_lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.learn_epochs, eta_min=args.learn_lr / 20)
+    best, best_loss, best_epoch, step = copy.deepcopy(average.state_dict()), math.inf, 0, 0
+    for epoch in range(args.learn_epochs):
+        total = 0.0
+        for batch in torch.randperm(len(obs)).split(args.learn_batch):
+            loss = denoising_loss(agent, net, obs[batch], chunks[batch], *noise(chunks[batch]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+            update_ema(average, net, min(args.ema_decay, (1 + step) / (10 + step)))  # its beginning, random weights, is soon forgotten
+            total += loss.item() * len(batch)
+        schedule.step()
+        with torch.no_grad():
+            test_loss = denoising_loss(agent, average, *test).item()
+        tick(epoch, {"learn/train_loss": total / len(obs), "learn/held_out_loss": test_loss})
+        if test_loss < best_loss:
+            best, best_loss, best_epoch = copy.deepcopy(average.state_dict()), test_loss, epoch
+        elif epoch - best_epoch >= args.learn_patience:
+            break
+    agent.actor.load_state_dict(best)
+    agent.base.load_state_dict(best)
+
+
+# ---------------------------------------------------------------------------------------------- Reinforce
+
+
+def gae(rewards, values, next_values, decided, terminated, done, gamma: float, lam: float) -> torch.Tensor:
+    """Generalised advantage estimation (Schulman et al. 2016) over chunks, all arguments (num_steps, num_envs).
+
+    A chunk begins where `decided` is 1 and lasts n steps, until the next one begins: `execute` of them, or fewer if the episode or
+    the rollout ends within it. Then A = sum_j gamma^j r_j + gamma^n (V' + lam A') - V, where V' is the value of the state that
+    followed it and A' the next chunk's advantage. `next_values` are V of the state that followed each step, also where a time limit cut
+    the episode: truncation bootstraps, termination doesn't. `done` is either; nothing flows back across it.
+
+    Returns: (num_steps, num_envs) advantages; they mean something where `decided` is 1.
+    """
+    advantages, beyond, last = torch.zeros_like(rewards), torch.zeros(rewards.shape[1]), torch.zeros(rewards.shape[1])
+    for t in reversed(range(len(rewards))):
+        ends = decided[t + 1] if t + 1 < len(rewards) else torch.ones_like(last)
+        after = next_values[t] * (1 - terminated[t]) + lam * last * (1 - done[t])
+        beyond = rewards[t] + gamma * torch.where(ends > 0, after, beyond)
+        advantages[t] = beyond - values[t]
+        last = torch.where(decided[t] > 0, advantages[t], last)
+    return advantages
+
+
+def denoising_weights(args: Args) -> tuple[torch.Tensor, torch.Tensor]:
+    """What PPO multiplies the advantage with and its clip range at each of the K' trained denoising steps, noisiest first; (K',) each.
+
+    As in DPPO: gamma_denoise^(K'-1) .. 1, and a clip range that grows from clip_coef_noisy to clip_coef by (e^{3u} - 1) / (e^3 - 1),
+    u = 0 .. 1. A single step is the last.
+    """
+    steps = args.finetune_steps
+    u = torch.arange(steps) / (steps - 1) if steps > 1 else torch.ones(1)
+    growth = torch.expm1(3 * u) / math.expm1(3)
+    discounts = args.gamma_denoise ** torch.arange(steps - 1, -1, -1)
+    return discounts, args.clip_coef_noisy + (args.clip_coef - args.clip_coef_noisy) * growth
+
+
+def ppo_update(args: Args, agent: Agent, optimizer, batch: dict, train_actor: bool) -> dict[str, float]:
+    """One PPO update (Schulman et al. 2017) over S denoising steps of M chunks.
+
+    `batch`: obs (M, obs_size), advantages and returns (M,); and of the denoising steps: their indices `step`, `log_probs` and
+    `std` (M, S), the chunks before and after them, `x` and `next_x`, and their means by the policy that acted, `mean`, and by the
+    Learn policy, `learn_mean` (M, S, D).
+
+    The actor stops for this rollout when it has moved `step_kl` from the policy that acted. While its divergence from the Learn
+    policy exceeds `target_kl` it is only pulled back. Both are the KL of all trained steps of a chain, which is no less than that
+    of the chunks it leads to, in nats per executed action.
+    """
+    size = len(batch["obs"])
+    logs: dict[str, list[float]] = {}
+    discounts, clips = denoising_weights(args)
+    for _ in range(args.update_epochs):
+        for rows in torch.randperm(size).split(size // args.num_minibatches):
+            b = {name: value[rows] for name, value in batch.items()}
+            value_loss = 0.5 * (agent.value(b["obs"]) - b["returns"]).square().mean()
+            loss, row = value_loss, {"value_loss": value_loss.item()}
+            if train_actor:
+                mean = agent.means(agent.actor, b["obs"], b["x"], b["step"])
+                log_ratio = log_prob(b["next_x"], mean, b["std"]) - b["log_probs"]
+                ratio = log_ratio.exp()  # (minibatch, S)
+                trained = b["step"] - agent.frozen_steps
+                advantages, clip = b["advantages"][:, None] * discounts[trained], clips[trained]
+                clipped = torch.maximum(torch.minimum(ratio, 1 + clip), 1 - clip)
+                policy_loss = -torch.min(advantages * ratio, advantages * clipped).mean()
+                pull = ((mean - b["learn_mean"]) / b["std"][..., None]).square().mean() / 2  # KL, averaged like the log-probability
+                with torch.no_grad():
+                    nats = args.finetune_steps * mean.shape[-1] / args.execute  # from such an average to the chain's KL per executed action
+                    strayed = nats * pull.item()
+                    moved = nats * ((mean - b["mean"]) / b["std"][..., None]).square().mean().item() / 2
+                row |= {
+                    "policy_loss": policy_loss.item(),
+                    "approx_kl": ((ratio - 1) - log_ratio).mean().item(),
+                    "clipfrac": ((ratio - 1).abs() > clip).float().mean().item(),
+                    "ratio": ratio.mean().item(),
+                    "kl_to_learn": strayed,
+                }
+                train_actor = moved <= args.step_kl
+                if train_actor:
+                    loss = loss + args.kl_coef * pull + (policy_loss if strayed <= args.target_kl else 0.0)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            optimizer.step()
+            for name, value in row.items():
+                logs.setdefault(name, []).append(value)
+    return {name: float(np.mean(values)) for name, values in logs.items()} | {"updates": len(logs.get("policy_loss", []))}
+
+
+class Reinforce:
+    """PPO over denoising, warm-started from Learn; can be stopped and continued exactly."""
+
+    def __init__(self, args: Args, env: LiberoVectorEnv, agent: Agent):
+        self.args, self.env, self.agent = args, env, agent
+        self.optimizer = torch.optim.Adam(
+            [
+                {"params": agent.actor.parameters(), "lr": args.actor_lr},
+                {"params": agent.critic.parameters(), "lr": args.critic_lr},
+            ],
+            eps=1e-5,
+        )
+        self.num_iterations = max(1, args.total_steps // (args.num_steps * env.num_envs))
+        self.iteration = 0
+        torch.manual_seed(args.seed + 2)
+        self.outcomes: deque[float] = deque(maxlen=50)  # success of the last episodes
+        self.history: list[list[float]] = []  # environment steps, then success
+        self.obs, _ = env.reset(seed=args.seed)
+
+    def run_iteration(self) -> dict[str, float]:
+        """Roll out `num_steps` steps in every environment, then update. Returns what to log.
+
+        Every environment begins a chunk when the rollout begins, when `execute` actions of its last one are done, and when a new
+        episode begins in it.
+        """
+        args, env, agent = self.args, self.env, self.agent
+        progress = self.iteration / self.num_iterations
+        floor = args.std_start ** (1 - progress) * args.std_end**progress
+        shape, size = (args.num_steps, env.num_envs), agent.shape[0] * agent.shape[1]
+        obs = torch.zeros(*shape, self.obs.shape[1])
+        next_obs = torch.zeros_like(obs)
+        paths, means = torch.zeros(*shape, args.finetune_steps + 1, size), torch.zeros(*shape, args.finetune_steps, size)
+        decided, rewards, terminated, done = (torch.zeros(shape) for _ in range(4))
+        chunks = np.zeros((env.num_envs, *agent.shape), np.float32)
+        used = np.full(env.num_envs, args.execute)
+        lengths, began = [], time.perf_counter()
+        for t in range(args.num_steps):
+            obs[t] = torch.as_tensor(self.obs)
+            due = np.flatnonzero(used >= args.execute)
+            if len(due):
+                paths[t, due], means[t, due] = agent.denoise(obs[t, due], floor)
+                chunks[due] = paths[t, due, -1].reshape(-1, *agent.shape).clamp(-1, 1).numpy()
+                decided[t, due], used[due] = 1.0, 0
+            self.obs, reward, term, trunc, info = env.step(chunks[np.arange(env.num_envs), used])
+            ended = term | trunc
+            used = np.where(ended, args.execute, used + 1)
+            followed = np.where(ended[:, None], info["final_obs"], self.obs) if ended.any() else self.obs
+            next_obs[t] = torch.as_tensor(followed)
+            rewards[t], terminated[t], done[t] = (torch.as_tensor(x.astype(np.float32)) for x in (reward, term, ended))
+            self.outcomes.extend(term[ended].astype(float))
+            lengths += list(info["final_length"][ended]) if ended.any() else []
+        rollout_seconds, began = time.perf_counter() - began, time.perf_counter()
+
+        with torch.no_grad():
+            values = agent.value(obs.flatten(0, 1)).reshape(shape)
+            next_values = agent.value(next_obs.flatten(0, 1)).reshape(shape)
+        begun = decided > 0
+        advantages = gae(rewards, values, next_values, decided, terminated, done, args.gamma, args.gae_lambda)[begun]
+        values = values[begun]
+        returns = advantages + values
+        if args.train_steps == "all":
+            step = torch.arange(agent.frozen_steps, len(agent.chain)).repeat(len(returns), 1)
+        else:
+            step = torch.randint(agent.frozen_steps, len(agent.chain), (len(returns), 1))
+        chosen = torch.arange(len(returns))[:, None], step - agent.frozen_steps
+        batch = {
+            "obs": obs[begun],
+            "step": step,
+            "x": paths[begun][chosen],
+            "next_x": paths[begun][:, 1:][chosen],
+            "mean": means[begun][chosen],
+            "std": agent.stds(step, floor),
+            "advantages": (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-6),
+            "returns": returns,
+        }
+        batch["log_probs"] = log_prob(batch["next_x"], batch["mean"], batch["std"])
+        train_actor = self.iteration >= args.critic_warmup
+        if train_actor:
+            with torch.no_grad():
+                batch["learn_mean"] = agent.means(agent.base, batch["obs"], batch["x"], step)
+        losses = ppo_update(args, agent, self.optimizer, batch, train_actor)
+        self.iteration += 1
+        settled = self.iteration * args.num_steps >= env.max_steps  # before that, only successes have had time to end
+        success = float(np.mean(self.outcomes)) if self.outcomes and settled else math.nan
+        self.history.append([self.env_steps, success])
+        variance = returns.var()
+        charts = {
+            "charts/success": success,
+            "charts/episodic_length": float(np.mean(lengths)) if lengths else math.nan,
+            "charts/rollout_seconds": rollout_seconds,
+            "charts/update_seconds": time.perf_counter() - began,
+            "charts/SPS": args.num_steps * env.num_envs / (rollout_seconds + time.perf_counter() - began),
+            "charts/policy_std": floor,
+            "losses/explained_variance": float(1 - (returns - values).var() / variance) if variance > 0 else math.nan,
+        }
+        return charts | {f"losses/{name}": value for name, value in losses.items()}
+
+    @property
+    def env_steps(self) -> int:
+        return self.iteration * self.args.num_steps * self.env.num_envs
+
+    def state_dict(self) -> dict:
+        """Everything that the rest of the training depends on."""
+        return {
+            "agent": self.agent.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "iteration": self.iteration,
+            "history": self.history,
+            "outcomes": list(self.outcomes),
+            "env": self.env.snapshot(),
+            "torch_rng": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in ("agent", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.iteration, self.history = state["iteration"], state["history"]
+        self.outcomes = deque(state["outcomes"], maxlen=50)
+        self.env.restore(state["env"])
+        self.obs = self.env.observations()
+        torch.set_rng_state(state["torch_rng"])
+
+
+# ---------------------------------------------------------------------------------------------- the whole job
+
+
+def main() -> None:
+    args = tyro.cli(Args)
+    run = None
+    if args.resume:
+        run = Path(args.resume)
+        args = resumed_args(run, "diffusion_ppo", Args)
+    validate(args)
+    torch.set_num_threads(args.torch_threads)
+    began, progress = time.time(), Progress()
+    task = load_task(args.task, args.assets)
+    progress.say(f"task {task.id}: {task.language}")
+    renderer = rollout.find_renderer(args.videos, progress)
+    demos, demo_source = rollout.load_demos(args.demos, task, args.num_demos, args.demo_noise, args.seed, progress)
+    checkpoint = {"script": "diffusion_ppo", "task": task.id, "stage": "start", "seconds": 0.0}
+    if run is None:
+        run = make_run(args.run_folder, task.id, "diffusion_ppo", args)
+        config = {"script": "diffusion_ppo", "args": dataclasses.asdict(args), "versions": versions()}
+        write_json(run / "config.json", config | {"assets": task.assets, "demos": demo_source, "renderer": renderer})
+        save_checkpoint(run / "checkpoint.pt", checkpoint)
+    else:
+        checkpoint = load_checkpoint(run / "checkpoint.pt", "diffusion_ppo")
+        if (found := checkpoint.get("task", task.id)) != task.id:
+            raise UserError(f"{run / 'checkpoint.pt'} is not this run's: it is of {found}")
+        progress.say(f"resuming after stage {checkpoint['stage']!r}")
+    progress.say(f"run folder {run}")
+    writer = SummaryWriter(str(run))
+    train_env = make_env(task, args.num_envs, seed=args.seed)
+    eval_env = make_env(task, args.num_envs, seed=args.seed, autoreset_mode=AutoresetMode.DISABLED)
+    demo_obs = [observe_states(task, e.states) for e in demos]
+
+    def save(stage: str, **content) -> None:
+        nonlocal began
+        checkpoint.update(content, stage=stage, seconds=checkpoint["seconds"] + time.time() - began)
+        began = time.time()
+        save_checkpoint(run / "checkpoint.pt", checkpoint)
+
+    def log(values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    # 1. Learn
+    torch.manual_seed(args.seed + 1)
+    agent = Agent(args, demo_obs[0].shape[1])
+    policy = ChunkPolicy(agent, args.num_envs, args.execute)
+    if checkpoint["stage"] == "start":
+        progress.stage("Learn", args.learn_epochs)
+
+        def learn_tick(epoch: int, values: dict[str, float]) -> None:
+            log(values, epoch)
+            progress.update(1, f"held-out loss {values['learn/held_out_loss']:.3f}")
+
+        learn(args, agent, demo_obs, [e.actions for e in demos], learn_tick)
+        rows, _ = rollout.evaluate(eval_env, policy, [0], args.eval_episodes, progress, "evaluate Learn")
+        save("learn", agent=agent.state_dict(), learn_success=rows[0]["success_rate"])
+    agent.load_state_dict(checkpoint["agent"])
+    learn_success = checkpoint["learn_success"]
+    progress.say(f"Learn: success {learn_success:.0%}")
+
+    # 2. Reinforce
+    if checkpoint["stage"] in ("learn", "reinforce"):
+        trainer = Reinforce(args, train_env, agent)
+        if checkpoint["stage"] == "reinforce":
+            trainer.load_state_dict(checkpoint["trainer"])
+        progress.stage("Reinforce", trainer.num_iterations, trainer.iteration)
+        while trainer.iteration < trainer.num_iterations:
+            logs = trainer.run_iteration()
+            log(logs, trainer.env_steps)
+            success = "--" if math.isnan(logs["charts/success"]) else f"{logs['charts/success']:.0%}"
+            progress.update(1, f"success {success} {logs['charts/SPS']:.0f} steps/s")
+            if trainer.iteration % args.checkpoint_interval == 0 and trainer.iteration < trainer.num_iterations:
+                save("reinforce", trainer=trainer.state_dict())
+        checkpoint.pop("trainer", None)
+        save("roll out", agent=agent.state_dict(), history=trainer.history, env_steps=trainer.env_steps)
+    agent.load_state_dict(checkpoint["agent"])
+
+    # Roll out, keep successes
+    per_pattern, _ = rollout.evaluate(eval_env, policy, [0], args.eval_episodes, progress, "evaluate Reinforce")
+    success = per_pattern[0]["success_rate"]
+    progress.say(f"Reinforce: success {success:.0%}")
+    corpus = rollout.collect_corpus(eval_env, policy, [0], args.corpus_episodes, args.seed + 4, "diffusion_ppo", progress)
+    if not corpus:
+        raise UserError(f"no rollout succeeded, so there is no corpus to write; the logs are in {run}")
+    patterns = [e.attrs["pattern"] for e in corpus]
+    features = rollout.path_features(task, corpus)
+    distances = metrics.pairwise_dtw(features)
+    within, between = metrics.within_between(distances, patterns)
+    rollout.write_corpus(run, task, corpus, "diffusion_ppo", demo_source)
+    rollout.plot_corpus(run, task, features, patterns, distances)
+    history = np.array([[0.0, learn_success], *checkpoint["history"]])
+    plots.plot_success(run / "figures" / "success.png", history[:, 0], history[:, 1:], [(0, "Reinforce")], task.language)
+    rollout.make_videos(run, task, corpus, renderer, progress)
+    summary = {
+        "task": task.id,
+        "success_rate": success,
+        "per_pattern": per_pattern,
+        "diversity": metrics.diversity(features) | {"dtw_within": within, "dtw_between": between},
+        "smoothness": metrics.smoothness([e.proprio["ee_pos"] for e in corpus], [e.actions for e in corpus]),
+        "stages": {"learn": learn_success, "reinforce": success},
+        "corpus_episodes": len(corpus),
+        "env_steps": checkpoint["env_steps"],
+        "wall_seconds": checkpoint["seconds"] + time.time() - began,
+        "demos": demo_source,
+        "assets": task.assets,
+        "renderer": renderer,
+        "versions": versions(),
+    }
+    write_json(run / "summary.json", summary)
+    save("done")
+    writer.close()
+    progress.close()
+    progress.say(
+        f"done: {len(corpus)} trajectories, success {success:.0%}, "
+        f"mean pairwise distance {summary['diversity']['mean_pairwise_distance']:.2f}; see {run}"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)
