@@ -32,9 +32,9 @@ CONTACT = {"friction": "0.95 0.3 0.1", "solref": "0.001 1", "solimp": "0.998 0.9
 # The same for the microwave: it collides with others and not with itself (its door with its case).
 MICROWAVE_CONTACT = {"contype": "0", "conaffinity": "1", "margin": "0.001", "solref": "0.02 1", "solimp": "0.8 0.9 0.01"}
 
-BLACK, DARK, GRAY, METAL, WHITE = (0.09, 0.09, 0.1), (0.2, 0.18, 0.16), (0.55, 0.55, 0.55), (0.62, 0.62, 0.64), (0.93, 0.92, 0.9)
+BLACK, DARK, GRAY, METAL, WHITE = (0.09, 0.09, 0.1), (0.2, 0.18, 0.16), (0.42, 0.42, 0.42), (0.6, 0.6, 0.62), (0.9, 0.89, 0.87)
 RED, GREEN, BLUE, YELLOW, ORANGE = (0.72, 0.1, 0.08), (0.16, 0.45, 0.2), (0.15, 0.3, 0.65), (0.93, 0.8, 0.25), (0.95, 0.55, 0.1)
-BROWN, WOOD, TAN, WINE = (0.32, 0.17, 0.1), (0.66, 0.47, 0.28), (0.85, 0.7, 0.5), (0.3, 0.09, 0.04)
+BROWN, WOOD, TAN, WINE = (0.32, 0.18, 0.12), (0.69, 0.49, 0.28), (0.85, 0.7, 0.5), (0.3, 0.09, 0.04)
 
 
 # ---------------------------------------------------------------------------------------------- shapes
@@ -47,7 +47,7 @@ class Shape:
     kind: str  # box (half sizes), cylinder (radius, half height), ellipsoid (half axes), capsule (radius, half length)
     centre: tuple[float, ...]
     size: tuple[float, ...]
-    colour: tuple[float, ...] | str  # rgb or rgba, or a material's name
+    colour: tuple[float, ...]  # rgb
     turn: np.ndarray = dataclasses.field(default_factory=lambda: np.eye(3))
     solid: bool = True
     seen: bool = True
@@ -170,6 +170,12 @@ def carton(half: float, low: float, shoulder: float, top: float, colour, cap) ->
     return lying([body, *roof, ridge, stripe])
 
 
+def bowl(base: float, low: float, high: float, profile, walls: Sequence[float], colour, seen: float) -> list[Shape]:
+    """A disc of radius `base` and two rings that widen upwards, with half thicknesses `walls`."""
+    rings = [s for i, thick in enumerate(walls) for s in ring(profile[i : i + 2], thick, 12, colour, seen=seen)]
+    return [*prism(base, low, high, colour), *rings]
+
+
 def dressing() -> list[Shape]:
     """A flat bottle with a waist and a round cap; its axis is y."""
     levels = ((-72.7, -64.5, 17.3), (-64.5, -52.0, 22.2), (-52.0, -10.2, 26.4), (-10.2, 1.4, 22.9), (1.4, 12.8, 17.1))
@@ -269,7 +275,6 @@ def small_objects() -> list[Thing]:
     name = "stable_hope_objects/new_salad_dressing/new_salad_dressing.xml"
     groceries.append(Thing(name, Body("object", bodies=[inner])))
 
-    bowl = ((23.0, 4.5), (43.5, 15.5), (52.0, 51.7))
     pan = [
         *prism(72, 0.8, 12.2, BLACK, (4, -1), sides=12),
         *ring(((78.4, 4.5), (100.5, 40.5)), 3.6, 16, BLACK, (6, -0.5)),
@@ -279,18 +284,22 @@ def small_objects() -> list[Thing]:
     walls = [plank(a, (r, 13), (r + lean, 141), 72.4, 6.7, WOOD) for a, r, lean in ((0, 72.5, 6), (180, 67.8, 9.6))]
     walls += [plank(a, (66.2, 18), (71.4, 145.5), 72.4, 6.7, WOOD) for a in (90, 270)]
     contain = Site("contain_region", (0, 0, 71.85), (61.08, 61.08, 69.49), (0, 0, 0, 1), rgba="0.8 0 0 0")
+    # LIBERO's lower walls are as thin: thicker ones bounce when the bowl is dropped on the microwave, as official states do.
+    black_bowl = bowl(23.5, 1.6, 6.8, ((23.0, 4.5), (43.5, 15.5), (52.0, 51.7)), (0.7, 1.2), BLACK, 1.06)
+    white_bowl = bowl(17.3, 0.6, 4.2, ((17.4, 3.0), (32.8, 10.4), (39.3, 34.8)), (0.5, 1.0), WHITE, 1.08)
+    ramekin = [*prism(35, 0.9, 7.3, WHITE), *ring(((35.2, 1), (41.3, 42.3)), 2.6, 12, WHITE, seen=1.35)]
     crockery = [
-        scanned("akita_black_bowl", 5.6, [*prism(23.5, 1.6, 6.8, BLACK), *ring(bowl, 1.2, 12, BLACK, seen=1.06)], pos=(0, -100, 0)),
-        scanned("white_bowl", 2.1, [*prism(17.3, 0.6, 4.2, WHITE), *ring([(r * 0.755, z * 0.673) for r, z in bowl], 1, 12, WHITE, seen=1.08)]),
+        scanned("akita_black_bowl", 5.6, black_bowl, pos=(0, -100, 0)),
+        scanned("white_bowl", 2.1, white_bowl),
         scanned("plate", 11.5, [*prism(30, 0.9, 5.3, WHITE), *ring(((30, 0.2), (66.5, 13.2)), 2.5, 8, WHITE, seen=1.18)]),
-        scanned("glazed_rim_porcelain_ramekin", 9.7, [*prism(35, 0.9, 7.3, WHITE), *ring(((35.2, 1), (41.3, 42.3)), 2.6, 12, WHITE, seen=1.35)]),
+        scanned("glazed_rim_porcelain_ramekin", 9.7, ramekin),
         scanned("chefmate_8_frypan", 50.2, pan),
         scanned("basket", 136.1, [box((2.5, 0, 13.1), (76.6, 72.4, 8.5), WOOD), *walls], [contain]),
     ]
     yellow_mug = [
         *prism(25, 0.2, 5.2, YELLOW, (-18.2, 0)),
         *ring(((26, 3.2), (36.8, 17)), 4.1, 12, YELLOW, (-18.2, 0)),
-        *ring(((36.8, 17), (48.2, 102.6)), 4.1, 12, WHITE, (-18.2, 0)),
+        *ring(((36.8, 17), (48.2, 102.6)), 4.1, 12, (0.93, 0.85, 0.5), (-18.2, 0)),
         *chain(0, ((17, 22), (64, 30), (64, 82), (24, 77)), 8.8, 4.1, YELLOW),
     ]
     white_mug = [
@@ -538,9 +547,9 @@ def scenes() -> list[Scene]:
         span((-1970, -2835, 0), (-1528, -1966, 1774), METAL, solid=False),
     ]
     desk = [
-        span((-689.5, -1392.7, 813.5), (689.5, 1392.7, 885.1), BROWN),
-        *(span((x - 20, y - 50.3, 0), (x + 20, y + 50.3, 788.4), BROWN) for x in (-500.5, 496.2) for y in (-690.6, 712.2)),
-        *(span((-517.5, y - 50.3, 5.3), (507.7, y + 50.3, 45.3), BROWN) for y in (-697.6, 714.7)),
+        span((-689.5, -1392.7, 813.5), (689.5, 1392.7, 885.1), WOOD),
+        *(span((x - 20, y - 50.3, 0), (x + 20, y + 50.3, 788.4), WOOD) for x in (-500.5, 496.2) for y in (-690.6, 712.2)),
+        *(span((-517.5, y - 50.3, 5.3), (507.7, y + 50.3, 45.3), WOOD) for y in (-697.6, 714.7)),
     ]
     study = [
         span((-1950, -470, 525), (-1905, 1460, 2455), (0.3, 0.24, 0.16), solid=False, name="study_wall_painging"),
@@ -628,10 +637,7 @@ def _add_shape(parent: ET.Element, shape: Shape, contact: dict[str, str], densit
         name = {} if shape.name is None else {"name": shape.name}
         ET.SubElement(parent, "geom", {**name, **place, "group": "0", **weight, **contact})
     if shape.seen:
-        if isinstance(shape.colour, str):
-            paint = {"material": shape.colour}
-        else:
-            paint = {"rgba": _text([*shape.colour, 1.0][:4])}
+        paint = {"material": "matte", "rgba": _text([*shape.colour, 1.0])}
         name = {} if shape.name is None or shape.solid else {"name": shape.name}
         ET.SubElement(parent, "geom", {**name, **place, "group": "1", "contype": "0", "conaffinity": "0", "mass": "0", **paint})
 
@@ -656,11 +662,16 @@ def _add_body(parent: ET.Element, body: Body) -> ET.Element:
     return element
 
 
+def _add_matte(asset: ET.Element) -> None:
+    """What everything is painted with, in its own colour."""
+    ET.SubElement(asset, "material", {"name": "matte", "specular": "0.15", "shininess": "0.3"})
+
+
 def thing_xml(thing: Thing) -> ET.Element:
     """MJCF of an object or fixture as robosuite's MujocoXMLObject reads it: the body "object" inside one with three sites."""
     root = ET.Element("mujoco", {"model": Path(thing.file).stem})
     ET.SubElement(root, "compiler", {"angle": "radian"})
-    ET.SubElement(root, "asset")
+    _add_matte(ET.SubElement(root, "asset"))
     outer = ET.SubElement(ET.SubElement(root, "worldbody"), "body")
     _add_body(outer, thing.body)
     marks = {"bottom": (0, 0, thing.bottom), "top": (0, 0, thing.top), "horizontal_radius": (thing.radius, thing.radius, 0)}
@@ -675,6 +686,7 @@ def scene_xml(scene: Scene) -> ET.Element:
     asset = ET.SubElement(root, "asset")
     sky = {"rgb1": ".9 .9 1.", "rgb2": ".2 .3 .4", "width": "256", "height": "256"}
     ET.SubElement(asset, "texture", {"type": "skybox", "builtin": "gradient", **sky})
+    _add_matte(asset)
     flat = {"reflectance": "0", "shininess": "0"}
     for texture, material, file, repeat in (
         ("texplane", "floorplane", "light-gray-floor-tile.png", {"specular": "0", "texrepeat": "1 1", "texuniform": "true"}),

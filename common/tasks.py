@@ -16,9 +16,12 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import types
 import zipfile
 from difflib import get_close_matches
@@ -28,11 +31,14 @@ import mujoco
 import numpy as np
 
 from common.cli import UserError, atomic_path, cache_dir, run_command
+from common.standins import is_standin, standin_assets
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 # Step caps of published evaluations, without the no-op steps at the start (OpenVLA's, adopted by pi0 and others).
 MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
 NUM_TRAIN_STATES = 256  # pre-sampled training resets a task
+ASSETS_REPO = "lerobot/libero-assets"  # where hf-libero downloads LIBERO's assets from
+HUB_TIMEOUT = 5.0  # seconds until the hub counts as out of reach
 TEXTURE_SIZE = 256  # pixels; LIBERO's full textures make 90 to 220 MB a model and change no physics
 
 
@@ -94,7 +100,7 @@ class Task:
     problem_name: str
     bddl_file: str
     xml: str
-    assets: str  # which assets the model was built from: "libero" with their fingerprint
+    assets: str  # which assets the model was built from: "libero" or "standin", with their fingerprint
     goal: list[Predicate]
     objects: dict[str, ObjectInfo]
     sites: dict[str, SiteInfo]
@@ -167,14 +173,22 @@ def resolve(task_id: str) -> tuple[str, int]:
 
 
 def find_assets(assets: str | None = None) -> Path:
-    """LIBERO's asset tree: `assets`, else $LIBERO_ASSETS, else what LIBERO itself has or can download."""
+    """The asset tree that tasks are built from.
+
+    It is `assets`, else $LIBERO_ASSETS ("standin" in either means the stand-ins of `common.standins`), else LIBERO's own folder or
+    cache, else downloaded from the Hugging Face Hub, else, with a warning, the stand-ins.
+    """
     explicit = assets or os.environ.get("LIBERO_ASSETS")
+    if explicit == "standin":
+        return standin_assets()
     if explicit:
         folder, source = Path(explicit).expanduser(), "--assets" if assets else "LIBERO_ASSETS"
     else:
-        candidates = [libero_root() / "assets", Path.home() / ".cache" / "libero" / "assets"]
-        folder = next((c for c in candidates if c.is_dir()), None) or _download_assets()
-        source = "LIBERO's own folder"
+        cache = Path.home() / ".cache" / "libero" / "assets"
+        folder, source = next((c for c in (libero_root() / "assets", cache) if c.is_dir()), cache), "LIBERO's own folder"
+        if not folder.is_dir() and (obstacle := _download_assets(folder)):
+            _warn_of_standins(obstacle)
+            return standin_assets()
     missing = [n for n in ("scenes", "articulated_objects", "stable_hope_objects", "textures") if not (folder / n).is_dir()]
     if missing:
         raise UserError(f"{folder} ({source}) is not a LIBERO asset tree: it has no folder {missing[0]!r}; pass --assets DIR")
@@ -189,17 +203,38 @@ def find_human_demos(task: Task) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _download_assets() -> Path:
-    advice = "pass --assets DIR or set LIBERO_ASSETS"
+@functools.cache
+def _download_assets(folder: Path) -> str | None:
+    """Download LIBERO's assets into `folder`, whole or not at all; returns why that is not possible, or None."""
     if importlib.util.find_spec("huggingface_hub") is None:
-        raise UserError(f"LIBERO's assets are not on this machine; {advice}, or pip install huggingface_hub to let LIBERO fetch them")
-    import_libero(None)
-    from libero.libero import get_assets_path
+        return "not on this machine, and huggingface_hub is not installed to download them"
+    from huggingface_hub import HfApi, constants, snapshot_download
 
-    path = Path(get_assets_path())
-    if not path.is_dir():
-        raise UserError(f"LIBERO's assets are not on this machine and could not be downloaded; {advice}")
-    return path
+    if constants.HF_HUB_OFFLINE:
+        return "not on this machine, and HF_HUB_OFFLINE forbids to download them"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".assets-"))
+    try:
+        revision = HfApi().repo_info(ASSETS_REPO, repo_type="dataset", timeout=HUB_TIMEOUT).sha
+        print(f"downloading LIBERO's assets (140 MB) from the Hugging Face Hub into {folder}", file=sys.stderr, flush=True)
+        snapshot_download(ASSETS_REPO, repo_type="dataset", revision=revision, local_dir=temporary, etag_timeout=HUB_TIMEOUT)
+        shutil.rmtree(temporary / ".cache", ignore_errors=True)  # the hub's bookkeeping
+        temporary.chmod(0o755)
+        os.rename(temporary, folder)
+    except Exception as error:  # the network's, the hub's, the disk's: whatever it is, there are the stand-ins
+        if not folder.is_dir():  # else another process has downloaded them meanwhile
+            return f"not on this machine, and the download failed ({type(error).__name__})"
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return None
+
+
+@functools.cache
+def _warn_of_standins(obstacle: str) -> None:
+    """Once in a run: worker processes leave it to their parent."""
+    if multiprocessing.parent_process() is None:
+        message = "LIBERO's assets are %s: using stand-ins made of primitives, so NUMBERS ARE NOT COMPARABLE WITH PUBLISHED LIBERO; %s"
+        logging.getLogger(__name__).warning(message, obstacle, "for LIBERO's own, pass --assets DIR or set LIBERO_ASSETS")
 
 
 @functools.cache
@@ -229,7 +264,7 @@ def load_task(task_id: str, assets: str | None = None) -> Task:
 
     Args:
         task_id: see `resolve`.
-        assets: LIBERO's asset folder, see `find_assets`.
+        assets: LIBERO's asset folder or "standin", see `find_assets`.
 
     Raises:
         UserError: unknown or ambiguous task, missing or broken assets.
@@ -375,7 +410,7 @@ def build_task(suite: str, index: int, folder: Path) -> Task:
         problem_name=env.problem_name,
         bddl_file=str(_bddl_file(suite, index)),
         xml=xml,
-        assets=f"libero:{assets_fingerprint(folder)}",
+        assets=f"{'standin' if is_standin(folder) else 'libero'}:{assets_fingerprint(folder)}",
         goal=[_predicate(domain, state, objects, sites, model) for state in domain.parsed_problem["goal_state"]],
         objects=objects,
         sites=sites,
@@ -400,13 +435,17 @@ def _shrink_textures(xml: str) -> str:
     import xml.etree.ElementTree as ET
 
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     root = ET.fromstring(xml)
     for texture in root.iter("texture"):
         file = texture.get("file")
         if file is None or not file.lower().endswith(".png"):
             continue
-        small = cache_dir() / "textures" / f"{hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]}-{TEXTURE_SIZE}.png"
+        with Image.open(file) as image:
+            intent = image.info.get("srgb")  # of the sRGB chunk: without it, MuJoCo takes the colours as linear, and shows them lighter
+        tag = "" if intent is None else f"-srgb{intent}"
+        small = cache_dir() / "textures" / f"{hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]}-{TEXTURE_SIZE}{tag}.png"
         if not small.exists():
             image = Image.open(file).convert("RGB")
             width, height = image.size
@@ -414,8 +453,11 @@ def _shrink_textures(xml: str) -> str:
             shape = (max(1, round(width * scale)), max(1, round(height * scale)))
             if texture.get("type") == "cube" and width == height:
                 shape = (shape[0], shape[0])
+            chunks = PngInfo()
+            if intent is not None:
+                chunks.add(b"sRGB", bytes([intent]))
             with atomic_path(small) as temporary:
-                image.resize(shape, Image.Resampling.LANCZOS).save(temporary)
+                image.resize(shape, Image.Resampling.LANCZOS).save(temporary, pnginfo=chunks)
         texture.set("file", str(small))
     return ET.tostring(root, encoding="unicode")
 
@@ -530,7 +572,7 @@ class Args:
     suite: str | None = None
     """one suite only"""
     assets: str | None = None
-    """LIBERO's asset folder (default: $LIBERO_ASSETS, else LIBERO's own)"""
+    """LIBERO's asset folder, or "standin" (default: $LIBERO_ASSETS, else LIBERO's own, else a download, else the stand-ins)"""
     build: str | None = None
     """build this one task into the cache, whether or not it is there"""
 

@@ -1,4 +1,4 @@
-"""What the tests share: the real assets and tasks compiled from them, or a reason to skip."""
+"""What the tests share: assets, and tasks and demonstrations made with them."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from pathlib import Path
 import pytest
 
 from common import demonstrator, tasks
-from common.cli import UserError
 from common.env import make_env
-
-
-def _no_download():
-    raise UserError("they are not on this machine; set LIBERO_ASSETS")
+from common.standins import is_standin
 
 
 @pytest.fixture(scope="session")
 def assets() -> str:
-    """LIBERO's asset folder. Tests never download it."""
+    """LIBERO's asset folder, or the stand-ins where there is none. Tests never download it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "_download_assets", _no_download)
-        try:
-            return str(tasks.find_assets())
-        except UserError as error:
-            pytest.skip(f"needs LIBERO's assets: {error}")
+        patch.setattr(tasks, "_download_assets", lambda folder: "not on this machine")
+        return str(tasks.find_assets())
+
+
+@pytest.fixture(scope="session")
+def real_assets(assets) -> str:
+    """LIBERO's own asset folder, for what stand-ins can't tell."""
+    if is_standin(tasks.find_assets(assets)):
+        pytest.skip("needs LIBERO's own assets; set LIBERO_ASSETS")
+    return assets
 
 
 @pytest.fixture(scope="session")

@@ -86,18 +86,6 @@ def test_missing_assets(tmp_path, monkeypatch):
         find_assets()
 
 
-def test_no_assets_at_all(tmp_path, monkeypatch):
-    """Without assets and without huggingface_hub: one line that says what to do."""
-    monkeypatch.delenv("LIBERO_ASSETS", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    if (tasks.libero_root() / "assets").is_dir():
-        pytest.skip("LIBERO has its assets beside its code here")
-    find_spec = tasks.importlib.util.find_spec
-    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None if name == "huggingface_hub" else find_spec(name))
-    with pytest.raises(UserError, match="not on this machine; pass --assets DIR or set LIBERO_ASSETS"):
-        find_assets()
-
-
 def test_broken_assets(assets, tmp_path, monkeypatch):
     """A damaged file in the asset tree is named, and leaves nothing in the cache."""
     folder = tmp_path / "assets"

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Both README commands as a new user of a bare machine gives them: a new virtual environment, an empty home, the tracked files
+# alone, no LIBERO or GL variable, no Hugging Face Hub and no standard input. Prints what each took; fails if either does.
+#
+#     bash benchmarks/bare_machine.sh [python3.11]        # KEEP=1 keeps the folder, INSTALL_ONLY=1 stops after the installation
+set -euo pipefail
+
+python=${1:-python3}
+root=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
+work=$(mktemp -d "${TMPDIR:-/tmp}/bare-machine.XXXXXX")
+case $work/ in "$root"/*) echo "error: TMPDIR is inside the checkout" >&2; exit 2 ;; esac
+if [ "${KEEP:-0}" = 1 ]; then echo "in $work"; else trap 'rm -rf "$work"' EXIT; fi
+mkdir "$work/home" "$work/tmp" "$work/checkout"
+git -C "$root" ls-files -z | while IFS= read -r -d '' file; do # as they are now, if git still has them on disk
+    [ -e "$root/$file" ] && printf '%s\0' "$file"
+done | tar -C "$root" --null -T - -cf - | tar -C "$work/checkout" -xf -
+"$python" -m venv "$work/venv"
+
+# Of the environment only what pip needs to reach an index; nothing that points to LIBERO, a display or a GL library.
+clean=(env -i "HOME=$work/home" "TMPDIR=$work/tmp" "PATH=$work/venv/bin:/usr/bin:/bin" LANG=C.UTF-8
+    HF_HUB_OFFLINE=1 HF_ENDPOINT=http://192.0.2.1) # TEST-NET-1: routed nowhere (RFC 5737)
+while IFS= read -r name; do clean+=("$name=${!name}"); done < <(
+    compgen -e | grep -E '^(PIP_.*|SSL_CERT_FILE|REQUESTS_CA_BUNDLE|(HTTPS?|NO)_PROXY|(https?|no)_proxy)$')
+
+install='pip install -q -r requirements.txt && pip install -q --no-deps -r requirements-libero.txt'
+failed=0
+step() { # name, command
+    local start=$SECONDS status=0
+    echo "== $1: $2"
+    (cd "$work/checkout" && "${clean[@]}" bash -c "$2" </dev/null) || status=$?
+    echo "== $1: $((SECONDS - start)) s, $([ $status = 0 ] && echo succeeded || echo "FAILED with exit code $status")"
+    [ $status = 0 ] || failed=1
+}
+step install "$install"
+[ "${INSTALL_ONLY:-0}" = 1 ] && exit $failed
+[ $failed = 0 ] || exit 1
+step job "$install && python dlr_discover.py --num-patterns 8"
+step tests "$install && pytest"
+du -sh "$work/venv" "$work/home" | sed 's/^/== /'
+exit $failed
