@@ -108,10 +108,6 @@ class Args:
     """and when it ends (geometric schedule): evaluation and the corpus take the mean action, so training must come near it"""
     max_grad_norm: float = 0.5
     """gradients are clipped to this norm"""
-    kl_coef: float = 0.05
-    """weight of KL(policy || Learn policy) in the loss, which keeps noise in the updates from using up target_kl"""
-    target_kl: float = 1.0
-    """the policy loss is left out while KL(policy || Learn policy), in nats a step, is above it"""
     step_kl: float = 0.03
     """updates of one rollout stop when the policy has moved so far (nats) from the one that acted"""
     critic_warmup: int = 3
@@ -130,9 +126,9 @@ def validate(args: Args) -> None:
     counts += " total_steps num_steps update_epochs num_minibatches eval_episodes corpus_episodes"
     rules = [
         (lambda v: v >= 1, "at least 1", counts),
-        (lambda v: v > 0, "more than 0", "learn_lr actor_lr critic_lr clip_coef max_grad_norm target_kl step_kl"),
+        (lambda v: v > 0, "more than 0", "learn_lr actor_lr critic_lr clip_coef max_grad_norm step_kl"),
         (lambda v: 0.02 <= v <= 1.5, "between 0.02 and 1.5", "std_start std_end"),  # what Agent.policy clamps to, at least
-        (lambda v: 0 <= v < math.inf, "at least 0", "seed demo_noise learn_patience critic_warmup kl_coef"),
+        (lambda v: 0 <= v < math.inf, "at least 0", "seed demo_noise learn_patience critic_warmup"),
         (lambda v: 0 <= v <= 1, "between 0 and 1", "gamma gae_lambda"),
     ]
     for holds, wanted, names in rules:
@@ -235,8 +231,8 @@ def gaussian_kl(p: Normal, q: Normal) -> torch.Tensor:
 def ppo_update(args: Args, agent: Agent, reference: Agent, optimizer, batch: dict, train_actor: bool) -> dict[str, float]:
     """One PPO update (Schulman et al. 2017) on a flattened rollout: obs, actions, log_probs, mean, std, advantages, returns.
 
-    The actor stops for this rollout when it has moved `step_kl` from the policy that acted. While its divergence from the
-    Learn policy `reference` exceeds `target_kl` it is only pulled back.
+    The actor stops for this rollout when it has moved `step_kl` from the policy that acted. How far it has come from the Learn
+    policy `reference` is only logged.
     """
     size = len(batch["obs"])
     logs: dict[str, list[float]] = {}
@@ -253,8 +249,8 @@ def ppo_update(args: Args, agent: Agent, reference: Agent, optimizer, batch: dic
                 advantages = batch["advantages"][rows]
                 clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
                 policy_loss = -torch.min(advantages * ratio, advantages * clipped).mean()
-                strayed = gaussian_kl(policy, reference.policy(obs)).mean()
                 with torch.no_grad():
+                    strayed = gaussian_kl(policy, reference.policy(obs)).mean()
                     moved = gaussian_kl(policy, Normal(acted.loc[rows], acted.scale[rows])).mean().item()
                 row |= {
                     "policy_loss": policy_loss.item(),
@@ -265,7 +261,7 @@ def ppo_update(args: Args, agent: Agent, reference: Agent, optimizer, batch: dic
                 }
                 train_actor = moved <= args.step_kl
                 if train_actor:
-                    loss = loss + args.kl_coef * strayed + (policy_loss if strayed <= args.target_kl else 0.0)
+                    loss = loss + policy_loss
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)

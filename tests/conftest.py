@@ -42,7 +42,7 @@ def demos(drawer_task, tmp_path_factory) -> Path:
     skill = demonstrator.SKILLS[goal.name]
     holds = skill.holds(drawer_task, goal, env.data[0])
     ways = [planned.factors for planned in skill.repertoire(drawer_task, goal, env.data[0], holds)]
-    other = next(way for way in ways if all(way[factor] != choice for factor, choice in ways[0].items()))
+    other = next(way for way in ways if way["contact"] != ways[0]["contact"] and way["path"] == ways[0]["path"])
     strategies = [demonstrator.Strategy("one way", ways[0]), demonstrator.Strategy("another", other)]
     queue = [demonstrator.Attempt((k, s), strategies[s], [s, k], None) for k in range(13) for s in range(2)][::-1]
     done = demonstrator.perform(drawer_task, lambda: queue.pop() if queue else None, 0.1, 8)
