@@ -49,7 +49,7 @@ class Args:
     task: str = "libero_90/KITCHEN_SCENE1_put_the_black_bowl_on_the_plate"
     """a LIBERO task: suite/index, suite/name, or any part of a name that is unique"""
     assets: str | None = None
-    """LIBERO's asset folder (default: $LIBERO_ASSETS, else LIBERO's own)"""
+    """LIBERO's asset folder, or standin (default: $LIBERO_ASSETS, else LIBERO's own, else a download, else stand-ins)"""
     seed: int = 1
     """seed of everything that is random"""
     resume: str | None = None

@@ -60,7 +60,7 @@ class Args:
     run_folder: str = "runs"
     """with --task: where runs are, and are written"""
     assets: str | None = None
-    """LIBERO's asset folder (default: $LIBERO_ASSETS, else LIBERO's own)"""
+    """LIBERO's asset folder, or standin (default: $LIBERO_ASSETS, else LIBERO's own, else a download, else stand-ins)"""
     out: Path = Path("compare")
     """folder for the table and the figure"""
 

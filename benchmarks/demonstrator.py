@@ -42,7 +42,7 @@ class Args:
     workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     """tasks measured at a time, each in a process of its own"""
     assets: str | None = None
-    """LIBERO's asset folder (default: $LIBERO_ASSETS, else LIBERO's own)"""
+    """LIBERO's asset folder, or standin (default: $LIBERO_ASSETS, else LIBERO's own, else a download, else stand-ins)"""
     json: Path | None = None
     """also write the numbers to this file"""
 

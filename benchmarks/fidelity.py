@@ -72,7 +72,7 @@ class Args:
     processes: int = 0
     """tasks at a time (default: one a core)"""
     assets: str | None = None
-    """LIBERO's asset folder (default: $LIBERO_ASSETS, else LIBERO's own)"""
+    """LIBERO's asset folder, or standin (default: $LIBERO_ASSETS, else LIBERO's own, else a download, else stand-ins)"""
 
 
 # ---------------------------------------------------------------------------------------------- both simulators

@@ -53,7 +53,7 @@ class Args:
     json: Path | None = None
     """write the numbers of the first task here, and those of every task under "tasks\""""
     assets: str | None = None
-    """LIBERO's asset folder (default: $LIBERO_ASSETS, else LIBERO's own)"""
+    """LIBERO's asset folder, or standin (default: $LIBERO_ASSETS, else LIBERO's own, else a download, else stand-ins)"""
 
 
 # ---------------------------------------------------------------------------------------------- LIBERO, in processes
