@@ -23,7 +23,7 @@ import tyro
 
 from common import metrics, plots, rollout
 from common.cli import UserError, atomic_path, run_command
-from common.data import Episode, read_attrs, read_episodes
+from common.data import Episode, read_episodes
 from common.runs import Progress, write_json
 from common.tasks import Task, load_task
 
@@ -166,17 +166,16 @@ def main() -> None:
     first = runs[0].config["args"]
     demos, source = rollout.load_demos(first["demos"], task, first["num_demos"], first["demo_noise"], first["seed"], Progress())
     size = min(len(demos), *(len(run.corpus) for run in runs))
-    rows: dict[str, list[dict[str, float]]] = {f"demonstrations, {source}": [measure(task, equal_numbers(demos, size))]}
     shown = {"demonstrations": equal_numbers(demos, size)}
+    rows: dict[str, list[dict[str, float]]] = {f"demonstrations, {source}": [measure(task, shown["demonstrations"])]}
     for script in SCRIPTS:
-        mine = [run for run in runs if run.script == script]
-        for run in mine:
+        for run in (run for run in runs if run.script == script):
             known = {"success_rate": run.summary["success_rate"], "env_steps": run.summary["env_steps"]}
             known["wall_minutes"] = run.summary["wall_seconds"] / 60
-            rows.setdefault(script, []).append(known | measure(task, equal_numbers(run.corpus, size)))
-        if mine:
-            shown[script] = equal_numbers(mine[0].corpus, size)
-    versions = {read_attrs(folder / "corpus.hdf5").get("version_mujoco") for folder in args.runs}
+            chosen = equal_numbers(run.corpus, size)
+            shown.setdefault(script, chosen)
+            rows.setdefault(script, []).append(known | measure(task, chosen))
+    versions = {run.config["versions"]["mujoco"] for run in runs}
     if len(versions) > 1:
         print(f"warning: the runs used different MuJoCo versions, {', '.join(map(str, versions))}", file=sys.stderr)
 
