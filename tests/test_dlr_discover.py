@@ -20,6 +20,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from test_gaussian_ppo import same, weights
 from torch.distributions import Categorical, Laplace, MultivariateNormal, Normal, kl_divergence
 
 import dlr_discover
@@ -30,15 +31,6 @@ from common.runs import load_checkpoint, save_checkpoint, versions, write_json
 from dlr_discover import Agent, Args, Curriculum, PatternEncoder, Reinforce, StateDecoder, elbo, gae, gaussian_kl
 
 torch.set_num_threads(1)
-
-
-def weights(module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    assert a.keys() == b.keys()
-    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 # ---------------------------------------------------------------------------------------------- Discover: the bound
@@ -292,42 +284,6 @@ def test_learn_with_one_demonstration_a_pattern():
 
 
 # ---------------------------------------------------------------------------------------------- Reinforce: the mathematics
-
-
-def column(*values) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32)[:, None]
-
-
-@pytest.mark.parametrize(
-    "terminated, expected",
-    [
-        (0.0, [1.75, 5.0, 4.0]),  # deltas 1 + 4/2 ... with V of the final state: 0.5, 5, 4; A_0 = 0.5 + 0.25 * 5
-        (1.0, [0.75, 1.0, 4.0]),  # deltas 0.5, 1, 4
-    ],
-    ids=["truncation", "termination"],
-)
-def test_gae_by_hand(terminated, expected):
-    """gamma = lambda = 1/2; the episode ends at the second step: the third one's advantage 4 must not reach back."""
-    rewards, values, next_values = column(1, 2, 4), column(1, 1, 1), column(1, 8, 2)
-    advantages = gae(rewards, values, next_values, column(0, terminated, 0), column(0, 1, 0), 0.5, 0.5)
-    assert advantages.flatten().tolist() == expected
-
-
-def test_gae_is_the_discounted_sum_of_deltas():
-    rng = np.random.default_rng(0)
-    steps, envs, gamma, lam = 30, 4, 0.97, 0.9
-    rewards, values, next_values = rng.normal(size=(3, steps, envs))
-    done = rng.uniform(size=(steps, envs)) < 0.15
-    terminated = done & (rng.uniform(size=(steps, envs)) < 0.5)
-    expected = np.zeros((steps, envs))
-    for t, i in np.ndindex(steps, envs):
-        for u in range(t, steps):
-            delta = rewards[u, i] + gamma * next_values[u, i] * (not terminated[u, i]) - values[u, i]
-            expected[t, i] += (gamma * lam) ** (u - t) * delta
-            if done[u, i]:
-                break
-    tensors = [torch.as_tensor(x.astype(np.float32)) for x in (rewards, values, next_values, terminated, done)]
-    np.testing.assert_allclose(gae(*tensors, gamma, lam).numpy(), expected, atol=1e-5)
 
 
 def test_advantages_are_normalised_within_each_pattern():

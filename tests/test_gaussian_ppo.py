@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,13 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
+import dlr_discover
 import gaussian_ppo
 from common.cli import UserError, run_command
 from common.data import check_file, read_attrs, read_episodes
 from common.env import make_env
 from common.runs import load_checkpoint, save_checkpoint, versions, write_json
-from gaussian_ppo import Agent, Args, Reinforce, gae, gaussian_kl
+from gaussian_ppo import Agent, Args, Reinforce, gaussian_kl
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,6 +129,12 @@ def column(*values) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32)[:, None]
 
 
+@pytest.fixture(params=[gaussian_ppo, dlr_discover], ids=lambda script: script.__name__)
+def gae(request) -> Callable:
+    """Generalised advantage estimation as each script that decides every step writes it out."""
+    return request.param.gae
+
+
 @pytest.mark.parametrize(
     "terminated, expected",
     [
@@ -135,14 +143,14 @@ def column(*values) -> torch.Tensor:
     ],
     ids=["truncation", "termination"],
 )
-def test_gae_by_hand(terminated, expected):
+def test_gae_by_hand(gae, terminated, expected):
     """gamma = lambda = 1/2; the episode ends at the second step: the third one's advantage 4 must not reach back."""
     rewards, values, next_values = column(1, 2, 4), column(1, 1, 1), column(1, 8, 2)
     advantages = gae(rewards, values, next_values, column(0, terminated, 0), column(0, 1, 0), 0.5, 0.5)
     assert advantages.flatten().tolist() == expected
 
 
-def test_gae_is_the_discounted_sum_of_deltas():
+def test_gae_is_the_discounted_sum_of_deltas(gae):
     rng = np.random.default_rng(0)
     steps, envs, gamma, lam = 30, 4, 0.97, 0.9
     rewards, values, next_values = rng.normal(size=(3, steps, envs))
