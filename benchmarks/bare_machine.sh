@@ -32,9 +32,10 @@ step() { # name, command
     [ $status = 0 ] || failed=1
 }
 step install "$install"
+du -sh "$work/venv" | sed 's/^/== /'
 [ "${INSTALL_ONLY:-0}" = 1 ] && exit $failed
 [ $failed = 0 ] || exit 1
 step job "$install && python dlr_discover.py --num-patterns 8"
 step tests "$install && pytest"
-du -sh "$work/venv" "$work/home" | sed 's/^/== /'
+du -sh "$work/home" | sed 's/^/== /'
 exit $failed

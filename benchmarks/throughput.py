@@ -14,6 +14,12 @@ compiles the model anew), and ours with and without the ten settling steps, the 
 is settled once).
 
     python -m benchmarks.throughput --task libero_90/5 libero_spatial/0 libero_object/0 [--json FILE]
+
+With `--pixels`, pictures instead: agentview and the wrist's, 128 x 128, by LIBERO's `OffScreenRenderEnv` under the GL library that
+MuJoCo finds (MUJOCO_GL, else EGL, else OSMesa; the driver's name tells software from a GPU; one process a core, without threads of
+its own) and by our ray tracer. Again block by block: pictures of the same settled states, and control steps with pictures.
+
+    python -m benchmarks.throughput --pixels [--json FILE]
 """
 
 from __future__ import annotations
@@ -22,6 +28,8 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,10 +40,12 @@ from gymnasium.vector import AutoresetMode
 
 from common.cli import UserError, run_command
 from common.env import SUBSTEPS, make_env
+from common.render import CAMERAS, make_renderer
 from common.runs import Progress, versions, write_json
 from common.tasks import Task, find_assets, libero_env, load_task, resolve
 
 FULL = mujoco.mjtState.mjSTATE_INTEGRATION
+SIZE = 128  # of pictures, pixels: LIBERO's own
 
 
 @dataclasses.dataclass
@@ -50,6 +60,8 @@ class Args:
     """control steps a block"""
     blocks: int = 10
     """blocks of each kind"""
+    pixels: bool = False
+    """measure pictures instead of steps from states"""
     json: Path | None = None
     """write the numbers of the first task here, and those of every task under "tasks\""""
     assets: str | None = None
@@ -59,17 +71,30 @@ class Args:
 # ---------------------------------------------------------------------------------------------- LIBERO, in processes
 
 
-def libero_worker(connection, task_id: str, assets: str) -> None:
-    """LIBERO's environment, served over a pipe: ("run", states, actions) or ("reset",) -> seconds it took."""
+def libero_worker(connection, task_id: str, assets: str, gl: str | None) -> None:
+    """LIBERO's environment, served over a pipe: ("run", states, actions), ("reset",) or ("pictures", states) -> seconds it took.
+
+    With `gl` (egl, osmesa, ...) it is the one with pictures, and the name of the GL driver is sent before all else.
+    """
+    options = {} if gl is None else dict(use_camera_obs=True, has_offscreen_renderer=True, camera_heights=SIZE, camera_widths=SIZE)
+    if gl is not None:
+        os.environ.update(MUJOCO_GL=gl, LP_NUM_THREADS="0")  # Mesa's software driver takes all cores otherwise
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):  # LIBERO and robosuite print
-        env = libero_env(task_id, assets)
-        connection.send(None)
+        env = libero_env(task_id, assets, **options)
+        connection.send(None if gl is None else gl_driver())
         while (message := connection.recv()) is not None:
             seconds = 0.0
             if message[0] == "reset":
                 start = time.perf_counter()
                 env.reset()
                 seconds = time.perf_counter() - start
+            elif message[0] == "pictures":
+                for state in message[1]:
+                    env.set_init_state(state)
+                    start = time.perf_counter()
+                    for camera in CAMERAS:
+                        env.sim.render(camera_name=camera, width=SIZE, height=SIZE)
+                    seconds += time.perf_counter() - start
             else:
                 _, states, actions = message
                 for k, state in enumerate(states):
@@ -80,21 +105,42 @@ def libero_worker(connection, task_id: str, assets: str) -> None:
                         env.step(action)
                     seconds += time.perf_counter() - start
             connection.send(seconds)
+    if gl is not None:
+        os._exit(0)  # robosuite's EGL context raises, with much text, when the interpreter ends
+
+
+def gl_driver() -> str:
+    """What draws in the current GL context, e.g. llvmpipe (software) or a GPU's name."""
+    from OpenGL import GL
+
+    return GL.glGetString(GL.GL_RENDERER).decode()
+
+
+def find_gl() -> tuple[str | None, str]:
+    """The first GL backend that works, tried in processes of their own, and why there is none."""
+    reason = ""
+    for gl in [os.environ["MUJOCO_GL"]] if "MUJOCO_GL" in os.environ else ["egl", "osmesa"]:
+        code = "from common import render; print(render.available('gl')[1])"
+        found = subprocess.run([sys.executable, "-c", code], env={**os.environ, "MUJOCO_GL": gl}, capture_output=True, text=True)
+        if found.returncode == 0 and not found.stdout.strip():
+            return gl, ""
+        reason = (found.stdout.strip() or found.stderr.strip() or "no output").splitlines()[-1]
+    return None, reason
 
 
 class Libero:
-    """One process of LIBERO's environment a core."""
+    """One process of LIBERO's environment a core; `driver` is what draws its pictures, if it makes any."""
 
-    def __init__(self, task_id: str, assets: str, cores: int):
+    def __init__(self, task_id: str, assets: str, cores: int, gl: str | None = None):
         context = multiprocessing.get_context("spawn")
         pairs = [context.Pipe() for _ in range(cores)]
         self.connections = [ours for ours, _ in pairs]
-        self.processes = [context.Process(target=libero_worker, args=(theirs, task_id, assets), daemon=True) for _, theirs in pairs]
+        self.processes = [context.Process(target=libero_worker, args=(theirs, task_id, assets, gl), daemon=True) for _, theirs in pairs]
         for process in self.processes:
             process.start()
         for connection, (_, theirs) in zip(self.connections, pairs, strict=True):
             theirs.close()  # so that a process that dies is an EOFError here
-            connection.recv()
+            self.driver = connection.recv()
 
     def __call__(self, cores: int, *message) -> float:
         """Seconds, on average over the processes, that `message` took on `cores` of them at once."""
@@ -221,9 +267,16 @@ def measure_resets(task: Task, libero: Libero, args: Args) -> dict[str, float]:
     return {name: float(np.median(values)) for name, values in found.items()}
 
 
+def quartiles(ratios: np.ndarray) -> list[float]:
+    return [round(float(q), 3) for q in np.quantile(ratios, [0.5, 0.25, 0.75])]
+
+
+def spread(q: list[float]) -> str:
+    return f"{q[0]:.2f} ({q[1]:.2f} to {q[2]:.2f})"
+
+
 def summarise(seconds, resets: dict[str, float], args: Args, cores: int) -> dict:
     speed = lambda name, c: c * args.num_envs * args.steps / np.array(seconds[name, c])  # noqa: E731
-    quartiles = lambda ratios: [round(float(q), 3) for q in np.quantile(ratios, [0.5, 0.25, 0.75])]  # noqa: E731
     result = {name: float(np.median(speed(name, 1))) for name in ("libero", "ours", "limit")}
     result["all_cores"] = {name: float(np.median(speed(name, cores))) for name in ("libero", "ours", "limit")}
     result["ratios"] = {  # median and quartiles over the blocks
@@ -243,7 +296,6 @@ def report(results: dict[str, dict], cores: int) -> str:
     """The results as markdown."""
     lines = [f"| control steps/s | LIBERO | ours | limit | ours / LIBERO | ours / limit | {cores} cores: LIBERO | ours | limit | scaling |"]
     lines.append("|---" * 10 + "|")
-    spread = lambda q: f"{q[0]:.2f} ({q[1]:.2f} to {q[2]:.2f})"  # noqa: E731
     for task, r in results.items():
         one, all_cores = ([f"{x[name]:.0f}" for name in ("libero", "ours", "limit")] for x in (r, r["all_cores"]))
         ratios = [spread(r["ratios"][name]) for name in ("ours_over_libero", "ours_over_limit", "scaling")]
@@ -257,6 +309,85 @@ def report(results: dict[str, dict], cores: int) -> str:
     return "\n".join(lines)
 
 
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+def measure_pixels(task_id: str, args: Args, cores: int, gl: str | None, progress: Progress) -> dict:
+    """Pictures a second of settled states, and control steps a second with two pictures each; without `gl`, ours alone."""
+    task = load_task(task_id, args.assets)
+    progress.stage(task_id, args.blocks)
+    libero = None if gl is None else Libero(task_id, args.assets, cores, gl)
+    rng = np.random.default_rng(0)
+    counts = [1] if cores == 1 else [1, cores]
+    ours = {c: Ours(task, args.num_envs, c) for c in counts}
+    renderers = {c: make_renderer(task.model, CAMERAS, SIZE, SIZE, threads=c) for c in counts}
+    speeds: dict[tuple[str, str, int], list[float]] = {}  # (what, whose, cores) -> one for each block
+
+    def pictures(c: int) -> None:
+        renderers[c].render(ours[c].env.get_state()[:, 1 : 1 + task.model.nq])
+
+    def timed(work, *arguments) -> float:
+        start = time.perf_counter()
+        work(*arguments)
+        return time.perf_counter() - start
+
+    def steps(c: int, actions: np.ndarray) -> None:
+        for action in actions:
+            ours[c].env.step(action)
+            pictures(c)
+
+    for block in range(args.blocks + 1):  # the first one warms up, and is not counted
+        for c in counts:
+            n = args.num_envs * c
+            states = ours[c].prepare((block * args.num_envs + np.arange(n)) % len(task.init_states))
+            actions = np.clip(0.3 * rng.normal(size=(args.steps, n, 7)), -1.0, 1.0)
+            # LIBERO steps one state a core: it takes as long for each
+            jobs = {
+                ("pictures", "ours"): (2 * n, lambda c=c: timed(pictures, c)),
+                ("steps", "ours"): (n * args.steps, lambda c=c, a=actions: timed(steps, c, a)),
+            }
+            if libero is not None:
+                jobs["pictures", "libero"] = 2 * n, lambda c=c, s=states: libero(c, "pictures", s[: args.num_envs])
+                jobs["steps", "libero"] = c * args.steps, lambda c=c, s=states, a=actions: libero(c, "run", s[:1], a[:, :1])
+            names = list(jobs)
+            for name in names[block % len(names) :] + names[: block % len(names)]:
+                ours[c].env.set_state(states)
+                amount, work = jobs[name]
+                speed = amount / work()
+                if block > 0:
+                    speeds.setdefault((*name, c), []).append(speed)
+        if block > 0:
+            progress.update(1, f"ours {np.median(speeds['pictures', 'ours', 1]):.0f} pictures/s a core")
+    if libero is not None:
+        libero.close()
+    for o in ours.values():
+        o.close()
+    result: dict = {"gl": gl, "driver": None if libero is None else libero.driver, "size": SIZE, "cameras": list(CAMERAS)}
+    for what in ("pictures", "steps"):
+        for label, c in (("", 1), ("_all_cores", cores)):
+            found = {whose: np.array(speeds[what, whose, c]) for whose in ("libero", "ours") if (what, whose, c) in speeds}
+            result[what + label] = {whose: float(np.median(values)) for whose, values in found.items()}
+            if "libero" in found:
+                result[what + label]["ours_over_libero"] = quartiles(found["ours"] / found["libero"])
+    return result
+
+
+def report_pixels(results: dict[str, dict], cores: int) -> str:
+    """The results as markdown."""
+    driver = next(iter(results.values()))["driver"]
+    lines = ["" if driver is None else f"LIBERO's pictures are drawn by {driver}.", ""]
+    lines.append(f"| | pictures/s: LIBERO | ours | ratio | {cores} cores: LIBERO | ours | ratio |")
+    lines.append("|---" * 7 + "|")
+    for task, r in results.items():
+        for what, name in (("pictures", task), ("steps", f"{task}, control steps/s with two pictures each")):
+            cells = []
+            for row in (r[what], r[f"{what}_all_cores"]):
+                cells += [f"{row['libero']:.1f}" if "libero" in row else "", f"{row['ours']:.1f}"]
+                cells.append(spread(row["ours_over_libero"]) if "libero" in row else "")
+            lines.append(f"| {' | '.join([name, *cells])} |")
+    return "\n".join(lines).strip()
+
+
 def main() -> None:
     import tyro
 
@@ -268,12 +399,15 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes of LIBERO: one core each
     progress, results = Progress(), {}
+    gl, reason = find_gl() if args.pixels else (None, "")
+    if args.pixels and gl is None:
+        progress.say(f"LIBERO's own pictures are not measured: {reason}")
     for task in tasks:
-        results[task] = measure(task, args, cores, progress)
+        results[task] = measure_pixels(task, args, cores, gl, progress) if args.pixels else measure(task, args, cores, progress)
         if args.json is not None:
             write_json(args.json, {**results[tasks[0]], "cores": cores, "tasks": results, "versions": versions()})
     progress.close()
-    print(report(results, cores))
+    print(report_pixels(results, cores) if args.pixels else report(results, cores))
 
 
 if __name__ == "__main__":

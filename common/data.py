@@ -17,11 +17,15 @@ The layout is that of the published demonstrations (LIBERO, arXiv 2306.03310; wr
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import sys
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -47,6 +51,7 @@ _LAYOUT: dict[str, tuple[tuple[int | None, ...], str]] = {
 _OPTIONAL = {"obs/ee_quat"}  # not in LIBERO's own files
 _DAMAGE = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)  # what h5py raises on damaged bytes
 _TAG = "libero-v1"
+_GZIP = 4  # of pictures
 _LIFELONG_DEMOS = 50  # what LIBERO's scripts/check_dataset_integrity.py asks for
 _JSON_KEYS = {
     "env_args": ("env_name", "problem_name", "env_kwargs"),
@@ -119,33 +124,85 @@ def write_episodes(path: str | os.PathLike, episodes: Iterable[Episode], task, a
     """
     if clash := sorted(set(attrs) & {*_DATA_ATTRS, "tag", "task"}):
         raise ValueError(f"these attributes are LIBERO's own: {', '.join(clash)}")
+    with _new_file(path) as file:
+        data = file.create_group("data")
+        count = total = 0
+        width, image_shapes = _state_width(task), None
+        for count, episode in enumerate(episodes, start=1):
+            name = f"demo_{count - 1}"
+            arrays = _arrays_of(episode)
+            shapes = _image_shapes(arrays)
+            problems = list(_array_problems(arrays, width, episode.success))
+            problems += _final_state_problems(episode.final_state, arrays)
+            if image_shapes not in (None, shapes):
+                problems.append(f"images {shapes}, but {image_shapes} in demo_0")
+            if problems:
+                raise UserError(f"{path} is not written: {name}/{problems[0]}")
+            width, image_shapes = arrays["states"].shape[1], shapes
+            total += episode.length
+            _write_demo(data.create_group(name), episode, arrays, task.xml)
+        if not count:
+            raise UserError(f"{path} is not written: there is no episode to write")
+        height, width = next(iter((image_shapes or {}).values()), (128, 128))
+        data.attrs.update(_libero_attrs(task, height, width))
+        data.attrs.update({"num_demos": count, "total": total, "tag": _TAG, "task": task.name, **attrs})
+
+
+def replace_images(
+    path: str | os.PathLike, pictures: Callable[[Episode], Iterator[Mapping[str, np.ndarray]]], attrs: Mapping[str, Any]
+) -> None:
+    """Give every demonstration of a sound file (`require_sound`) pictures in place of any it has; the file is replaced whole or not at all.
+
+    `pictures(episode)` yields those of the first n steps, of the next, ...: {"agentview_rgb": (n, H, W, 3) uint8, ...}, top row first.
+    In memory are one episode's numbers and what was yielded last. `attrs` go beside those on `data`.
+    """
+    with _new_file(path) as file, _opened(path) as old, ThreadPoolExecutor() as pool:
+        for name in old:
+            if name != "data":  # robomimic's masks
+                old.copy(name, file)
+        data = file.create_group("data")
+        data.attrs.update(old["data"].attrs)
+        flip = _text(data.attrs["macros_image_convention"]) == "opengl"
+        shape: tuple[int, ...] = ()
+        for name in _demo_names(old["data"]):
+            source, demo = old["data"][name], data.create_group(name)
+            demo.attrs.update(source.attrs)
+            obs = demo.create_group("obs")
+            for key in source:
+                if key != "obs":
+                    source.copy(key, demo)
+            for key in source["obs"]:
+                if not key.endswith("_rgb"):
+                    source["obs"].copy(key, obs)
+            done, length = 0, len(source["actions"])
+            for batch in pictures(_read_episode(source, images=False, flip=flip)):
+                for key, frames in batch.items():
+                    shape = frames.shape[1:]
+                    if done == 0:
+                        options = dict(chunks=(1, *shape), compression="gzip", compression_opts=_GZIP)
+                        obs.create_dataset(key, (length, *shape), np.uint8, **options)
+                    # HDF5 compresses on one core: it is handed finished chunks instead
+                    packed = pool.map(lambda frame: zlib.compress(frame.tobytes(), _GZIP), frames[:, ::-1] if flip else frames)
+                    for t, chunk in enumerate(packed, start=done):
+                        obs[key].id.write_direct_chunk((t, 0, 0, 0), chunk)
+                done += len(frames)
+        env_args = json.loads(_text(data.attrs["env_args"]))
+        env_args["env_kwargs"].update(camera_heights=shape[0], camera_widths=shape[1])
+        data.attrs.update({"env_args": json.dumps(env_args), **attrs})
+
+
+@contextlib.contextmanager
+def _new_file(path: str | os.PathLike) -> Iterator[h5py.File]:
+    """A new HDF5 file, which appears at `path` whole or not at all."""
     try:
         with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
-            data = file.create_group("data")
-            count = total = 0
-            width, image_shapes = _state_width(task), None
-            for count, episode in enumerate(episodes, start=1):
-                name = f"demo_{count - 1}"
-                arrays = _arrays_of(episode)
-                shapes = _image_shapes(arrays)
-                problems = list(_array_problems(arrays, width, episode.success))
-                problems += _final_state_problems(episode.final_state, arrays)
-                if image_shapes not in (None, shapes):
-                    problems.append(f"images {shapes}, but {image_shapes} in demo_0")
-                if problems:
-                    raise UserError(f"{path} is not written: {name}/{problems[0]}")
-                width, image_shapes = arrays["states"].shape[1], shapes
-                total += episode.length
-                _write_demo(data.create_group(name), episode, arrays, task.xml)
-            if not count:
-                raise UserError(f"{path} is not written: there is no episode to write")
-            height, width = next(iter((image_shapes or {}).values()), (128, 128))
-            data.attrs.update(_libero_attrs(task, height, width))
-            data.attrs.update({"num_demos": count, "total": total, "tag": _TAG, "task": task.name, **attrs})
-    except OSError as error:  # HDF5 reports a full disk without the file's name
-        if error.errno is None or error.filename:
+            yield file
+    except (OSError, RuntimeError) as error:  # HDF5 reports a full disk without the file's name, and on closing in the text alone
+        said = re.search(r"errno = (\d+)", str(error))
+        number = error.errno if isinstance(error, OSError) else said and int(said[1])
+        if number is None or getattr(error, "filename", None):
             raise
-        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _arrays_of(episode: Episode) -> dict[str, np.ndarray]:
@@ -170,7 +227,7 @@ def _arrays_of(episode: Episode) -> dict[str, np.ndarray]:
 def _write_demo(demo: h5py.Group, episode: Episode, arrays: Mapping[str, np.ndarray], xml: str) -> None:
     for key, array in arrays.items():
         if array.ndim == 4:  # pictures; one a chunk, for loaders draw single steps at random
-            demo.create_dataset(key, data=array, chunks=(1, *array.shape[1:]), compression="gzip", compression_opts=4)
+            demo.create_dataset(key, data=array, chunks=(1, *array.shape[1:]), compression="gzip", compression_opts=_GZIP)
         else:
             demo.create_dataset(key, data=array)
     attrs = {key: value for key, value in episode.attrs.items() if value is not None}
@@ -233,6 +290,13 @@ def check_file(path: str | os.PathLike, task=None, strict: bool = False) -> list
         return [str(error)]
     except _DAMAGE as error:
         return [_damaged(error)]
+
+
+def require_sound(path: str | os.PathLike, task=None) -> None:
+    """Raise UserError with the first problem that `check_file` finds, and their number."""
+    if problems := check_file(path, task):
+        more = f" (and {len(problems) - 1} more; `python -m common.data` lists them)" if len(problems) > 1 else ""
+        raise UserError(f"{path}: {problems[0]}{more}")
 
 
 def _opened(path: str | os.PathLike) -> h5py.File:
@@ -394,9 +458,7 @@ def read_episodes(path: str | os.PathLike, task=None, images: bool = False) -> l
     pattern and init_state -1, strategy "", success True, ee_quat from ee_ori, final_state None.
     Raises UserError with the first problem and their number.
     """
-    if problems := check_file(path, task):
-        more = f" (and {len(problems) - 1} more; `python -m common.data` lists them)" if len(problems) > 1 else ""
-        raise UserError(f"{path}: {problems[0]}{more}")
+    require_sound(path, task)
     with _opened(path) as file:
         data = file["data"]
         flip = _text(data.attrs["macros_image_convention"]) == "opengl"
@@ -425,6 +487,12 @@ def read_attrs(path: str | os.PathLike) -> dict[str, Any]:
     if "bddl_file_name" in attrs:
         attrs["bddl_file_name"] = _basename(attrs["bddl_file_name"])
     return attrs
+
+
+def image_names(path: str | os.PathLike) -> list[str]:
+    """The names of a sound file's pictures (agentview_rgb, ...), [] if it has none."""
+    with _opened(path) as file:
+        return sorted(name for name in file["data"][_demo_names(file["data"])[0]]["obs"] if name.endswith("_rgb"))
 
 
 def _read_episode(demo: h5py.Group, images: bool, flip: bool) -> Episode:
@@ -591,7 +659,7 @@ def _summary(path: Path) -> str:
         "images": ", ".join(f"{name} {height}x{width}" for name, (height, width) in shapes.items()) or "none",
     }
     ours = {key: value for key, value in attrs.items() if key not in (*_DATA_ATTRS, "tag", "task")}
-    return "\n".join([str(path), *(f"  {key:<11}{value}" for key, value in {**lines, **ours}.items())])
+    return "\n".join([str(path), *(f"  {key:<10} {value}" for key, value in {**lines, **ours}.items())])
 
 
 if __name__ == "__main__":
