@@ -68,7 +68,7 @@ class Args:
     # Demonstrations
     demos: str = "auto"
     """auto (LIBERO's human files if they are on disk, else scripted), scripted, or an HDF5 file in LIBERO's layout"""
-    num_demos: int = 80
+    num_demos: int = 48
     """scripted demonstrations to generate (cached)"""
     demo_noise: float = 0.1
     """action noise of scripted demonstrations (standard deviation, in units of the action range)"""
@@ -96,6 +96,8 @@ class Args:
     """transitions a gradient step of behaviour cloning"""
     learn_lr: float = 1e-3
     """learning rate of behaviour cloning"""
+    learn_noise: float = 0.1
+    """Gaussian noise on cloned observations, in units of their standard deviation: teaches the way back to the demonstrations"""
     hidden: int = 256
     """width of the hidden layers"""
     ema_decay: float = 0.995
@@ -128,9 +130,9 @@ class Args:
     """PPO's clip range at the last denoising step; small, as log-probabilities are averaged over the chunk's dimensions"""
     clip_coef_noisy: float = 0.001
     """and at the noisiest that is trained; it grows exponentially from there"""
-    std_start: float = 0.12
+    std_start: float = 0.15
     """floor of a trained denoising step's standard deviation when Reinforce begins, in units of the action range"""
-    std_end: float = 0.06
+    std_end: float = 0.08
     """and when it ends (geometric schedule): evaluation and the corpus take the mean action, so training must come near it"""
     max_grad_norm: float = 0.5
     """gradients are clipped to this norm"""
@@ -138,9 +140,9 @@ class Args:
     """weight of KL(policy || Learn policy) in the loss, which keeps noise in the updates from using up target_kl"""
     target_kl: float = 1.0
     """the policy loss is left out while KL(policy || Learn policy), in nats a step, is above it"""
-    step_kl: float = 0.03
+    step_kl: float = 0.1
     """updates of one rollout stop when the policy has moved so far (nats) from the one that acted"""
-    critic_warmup: int = 3
+    critic_warmup: int = 5
     """iterations in which only the value function learns"""
 
     # Roll out
@@ -158,7 +160,7 @@ def validate(args: Args) -> None:
         (lambda v: v >= 1, "at least 1", counts),
         (lambda v: v > 0, "more than 0", "learn_lr actor_lr critic_lr clip_coef clip_coef_noisy max_grad_norm target_kl step_kl"),
         (lambda v: 0.02 <= v <= 1.5, "between 0.02 and 1.5", "std_start std_end"),
-        (lambda v: 0 <= v < math.inf, "at least 0", "seed demo_noise learn_patience critic_warmup kl_coef"),
+        (lambda v: 0 <= v < math.inf, "at least 0", "seed demo_noise learn_noise learn_patience critic_warmup kl_coef"),
         (lambda v: 0 <= v <= 1, "between 0 and 1", "gamma gae_lambda gamma_denoise ddim_eta"),
         (lambda v: 0 <= v < 1, "at least 0 and less than 1", "ema_decay"),
     ]
@@ -446,7 +448,8 @@ def learn(args: Args, agent: Agent, demos: list[np.ndarray], actions: list[np.nd
     for epoch in range(args.learn_epochs):
         total = 0.0
         for batch in torch.randperm(len(obs)).split(args.learn_batch):
-            loss = denoising_loss(agent, net, obs[batch], chunks[batch], *noise(chunks[batch]))
+            noisy = obs[batch] + args.learn_noise * agent.normalizer.std * torch.randn_like(obs[batch])
+            loss = denoising_loss(agent, net, noisy, chunks[batch], *noise(chunks[batch]))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -69,7 +69,7 @@ class Args:
     # Demonstrations
     demos: str = "auto"
     """auto (LIBERO's human files if they are on disk, else scripted), scripted, or an HDF5 file in LIBERO's layout"""
-    num_demos: int = 80
+    num_demos: int = 48
     """scripted demonstrations to generate (cached)"""
     demo_noise: float = 0.1
     """action noise of scripted demonstrations (standard deviation, in units of the action range)"""
@@ -95,6 +95,8 @@ class Args:
     """transitions a gradient step of behaviour cloning"""
     learn_lr: float = 1e-3
     """learning rate of behaviour cloning"""
+    learn_noise: float = 0.1
+    """Gaussian noise on cloned observations, in units of their standard deviation: teaches the way back to the demonstrations"""
     hidden: int = 256
     """width of the hidden layers"""
 
@@ -107,7 +109,7 @@ class Args:
     """discount: success at step T is worth gamma^(T-1)"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
-    actor_lr: float = 1e-4
+    actor_lr: float = 4e-5
     """learning rate of the policy"""
     critic_lr: float = 1e-3
     """learning rate of the value function"""
@@ -117,9 +119,9 @@ class Args:
     """minibatches a pass"""
     clip_coef: float = 0.2
     """PPO's clip range"""
-    std_start: float = 0.12
+    std_start: float = 0.15
     """standard deviation of the policy when Reinforce begins, in units of the action range"""
-    std_end: float = 0.06
+    std_end: float = 0.08
     """and when it ends (geometric schedule): evaluation and the corpus take the mean action, so training must come near it"""
     max_grad_norm: float = 0.5
     """gradients are clipped to this norm"""
@@ -127,9 +129,9 @@ class Args:
     """weight of KL(policy || Learn policy) in the loss, which keeps noise in the updates from using up target_kl"""
     target_kl: float = 1.0
     """E in Theorem 1: the policy loss is left out while KL(policy || Learn policy), in nats a step, is above it"""
-    step_kl: float = 0.03
+    step_kl: float = 0.1
     """updates of one rollout stop when the policy has moved so far (nats) from the one that acted"""
-    critic_warmup: int = 3
+    critic_warmup: int = 5
     """iterations in which only the value function learns"""
     mi_coef: float = 0.0
     """beta of the naive objective's bonus log q(z|s) - log p(z) (the paper's ablation; 0: off)"""
@@ -156,7 +158,7 @@ def validate(args: Args) -> None:
         (lambda v: v >= 2, "at least 2", "discover_points"),
         (lambda v: v > 0, "more than 0", "learn_lr actor_lr critic_lr clip_coef max_grad_norm target_kl step_kl"),
         (lambda v: 0.02 <= v <= 1.5, "between 0.02 and 1.5", "std_start std_end"),  # what Agent.policy clamps to, at least
-        (lambda v: 0 <= v < math.inf, "at least 0", "seed demo_noise vib_beta learn_patience critic_warmup mi_coef kl_coef"),
+        (lambda v: 0 <= v < math.inf, "at least 0", "seed demo_noise learn_noise vib_beta learn_patience critic_warmup mi_coef kl_coef"),
         (lambda v: 0 <= v <= 1, "between 0 and 1", "gamma gae_lambda"),
     ]
     for holds, wanted, names in rules:
@@ -401,7 +403,8 @@ def learn(args: Args, agent: Agent, demos: list[np.ndarray], actions: list[np.nd
     for epoch in range(args.learn_epochs):
         total = 0.0
         for batch in torch.randperm(len(obs)).split(args.learn_batch):
-            loss = -agent.policy(obs[batch], z[batch]).log_prob(act[batch]).sum(-1).mean()
+            noisy = obs[batch] + args.learn_noise * agent.normalizer.std * torch.randn_like(obs[batch])
+            loss = -agent.policy(noisy, z[batch]).log_prob(act[batch]).sum(-1).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

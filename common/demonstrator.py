@@ -238,9 +238,9 @@ def detour(name: str, out: np.ndarray) -> Detour:
     side = DIRECTIONS[name]
     across = side - (side @ out) * out
     if across @ across < 0.3:
-        return Detour(out, 0.34, 0.12)
+        return Detour(out, 0.40, 0.12)
     axis = 0.9 * across / math.sqrt(across @ across) + 0.436 * out
-    return Detour(axis, 0.36 if name == "over" else 0.24, 0.11)
+    return Detour(axis, 0.42 if name == "over" else 0.28, 0.11)
 
 
 def paths_to(out: np.ndarray) -> list[str]:

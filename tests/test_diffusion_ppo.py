@@ -498,7 +498,7 @@ def test_beyond_target_kl_the_policy_is_only_pulled_back(learned):
     trainer, _ = make_trainer(learned, critic_warmup=0, target_kl=0.1, step_kl=10.0, kl_coef=0.05)
     stray(trainer)
     strayed = [trainer.run_iteration()["losses/kl_to_learn"] for _ in range(4)]
-    assert strayed[0] > 0.5 and strayed == sorted(strayed, reverse=True) and strayed[-1] < 0.7 * strayed[0]
+    assert strayed[0] > 0.5 and max(strayed[1:]) < 0.7 * strayed[0]
     trainer, _ = make_trainer(learned, critic_warmup=0, target_kl=0.1, step_kl=10.0, kl_coef=0.0)
     stray(trainer)
     actor = weights(trainer.agent.actor)

@@ -489,7 +489,7 @@ def test_beyond_target_kl_the_policy_is_only_pulled_back(learned):
     strayed = []
     for _ in range(4):
         strayed.append(trainer.run_iteration()["losses/kl_to_learn"])
-    assert strayed[0] > 5.0 and strayed == sorted(strayed, reverse=True) and strayed[-1] < 0.7 * strayed[0]
+    assert strayed[0] > 5.0 and max(strayed[1:]) < 0.7 * strayed[0]
     trainer, _ = make_trainer(learned, critic_warmup=0, target_kl=0.5, step_kl=10.0, kl_coef=0.0)
     with torch.no_grad():
         trainer.agent.actor[-1].bias += 0.4
