@@ -33,6 +33,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import mujoco
 import numpy as np
@@ -62,6 +63,10 @@ class Args:
     """blocks of each kind"""
     pixels: bool = False
     """measure pictures instead of steps from states"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cuda: measure physics on the GPU as well, next to the CPU's on all cores"""
+    worlds: list[int] = dataclasses.field(default_factory=lambda: [256, 1024, 4096, 8192])
+    """numbers of environments on the GPU"""
     json: Path | None = None
     """write the numbers of the first task here, and those of every task under "tasks\""""
     assets: str | None = None
@@ -275,6 +280,38 @@ def spread(q: list[float]) -> str:
     return f"{q[0]:.2f} ({q[1]:.2f} to {q[2]:.2f})"
 
 
+def measure_warp(task: Task, args: Args, device: str) -> dict[int, dict[str, float]]:
+    """MuJoCo Warp on `device`: for each number of worlds, control steps/s with what they take to start.
+
+    Actions and observations stay on the device. The time of a block is that of `args.steps` steps and one wait at their end.
+    """
+    import torch
+    import warp as wp
+
+    found = {}
+    for n in args.worlds:
+        free = wp.get_device(device).free_memory if device != "cpu" else 0
+        start = time.perf_counter()
+        env = make_env(task, n, backend="warp", device=device, seed=0, tensors=True, max_steps=10**6)
+        env.reset()
+        wp.synchronize_device(env.device)
+        startup = time.perf_counter() - start
+        actions = (0.3 * torch.randn(args.steps, n, 7, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
+        actions, seconds = actions.to(wp.device_to_torch(env.device)), []
+        for _ in range(args.blocks + 1):  # the first one warms up
+            start = time.perf_counter()
+            for action in actions:
+                env.step(action)
+            wp.synchronize_device(env.device)
+            seconds.append(time.perf_counter() - start)
+        speed = n * args.steps / float(np.median(seconds[1:]))
+        used = (free - wp.get_device(device).free_memory) / 1e9 if device != "cpu" else 0.0
+        found[n] = {"steps_per_second": speed, "memory_gb": used, "startup_seconds": startup, "graph_seconds": env.graph_seconds}
+        env.close()
+        del env
+    return found
+
+
 def summarise(seconds, resets: dict[str, float], args: Args, cores: int) -> dict:
     speed = lambda name, c: c * args.num_envs * args.steps / np.array(seconds[name, c])  # noqa: E731
     result = {name: float(np.median(speed(name, 1))) for name in ("libero", "ours", "limit")}
@@ -292,6 +329,18 @@ def summarise(seconds, resets: dict[str, float], args: Args, cores: int) -> dict
     return result
 
 
+def report_warp(results: dict[str, dict], cores: int) -> list[str]:
+    """Physics on the GPU next to the CPU's on all cores, as markdown."""
+    lines = ["", f"| on the GPU | worlds | control steps/s | / LIBERO, {cores} cores | / ours, {cores} cores | GB | start, s | graph, s |"]
+    lines.append("|---" * 8 + "|")
+    for task, r in results.items():
+        for n, w in r["warp"].items():
+            ratios = [w["steps_per_second"] / r["all_cores"][name] for name in ("libero", "ours")]
+            cells = [task, n, f"{w['steps_per_second']:.0f}", *(f"{x:.1f}" for x in (*ratios, w["memory_gb"]))]
+            lines.append(f"| {' | '.join(map(str, cells))} | {w['startup_seconds']:.0f} | {w['graph_seconds']:.1f} |")
+    return lines
+
+
 def report(results: dict[str, dict], cores: int) -> str:
     """The results as markdown."""
     lines = [f"| control steps/s | LIBERO | ours | limit | ours / LIBERO | ours / limit | {cores} cores: LIBERO | ours | limit | scaling |"]
@@ -306,6 +355,8 @@ def report(results: dict[str, dict], cores: int) -> str:
         for name in ("ours_first", "ours_again", "ours_settled_first", "ours_settled_again"):
             cells.append(f"{r['reset_seconds'][name] * 1e3:.2f} ({r['reset_ratios'][name]:.0f}x)")
         lines.append(f"| {' | '.join([task, *cells])} |")
+    if all("warp" in r for r in results.values()):
+        lines += report_warp(results, cores)
     return "\n".join(lines)
 
 
@@ -394,6 +445,12 @@ def main() -> None:
     args = tyro.cli(Args)
     if min(args.num_envs, args.steps, args.blocks) < 1:
         raise UserError("--num-envs, --steps and --blocks are at least 1")
+    if args.device == "cuda":
+        if args.pixels:
+            raise UserError("--pixels is measured on CPU cores only; leave out --device cuda")
+        from common.warp_env import find_device
+
+        find_device("cuda")
     args.assets = str(find_assets(args.assets))
     tasks = [f"{suite}/{index}" for suite, index in map(resolve, args.task)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -404,6 +461,8 @@ def main() -> None:
         progress.say(f"LIBERO's own pictures are not measured: {reason}")
     for task in tasks:
         results[task] = measure_pixels(task, args, cores, gl, progress) if args.pixels else measure(task, args, cores, progress)
+        if args.device == "cuda":
+            results[task]["warp"] = measure_warp(load_task(task, args.assets), args, "cuda")
         if args.json is not None:
             write_json(args.json, {**results[tasks[0]], "cores": cores, "tasks": results, "versions": versions()})
     progress.close()

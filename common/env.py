@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -671,10 +672,50 @@ def _mass_addresses(task: Task) -> np.ndarray:
     return addresses
 
 
+BACKENDS = ("auto", "cpu", "warp")
+WARP_WORLDS = 256  # environments from which "auto" takes a GPU, if there is one (docs/warp.md: provisional, not measured yet)
+
+
+def choose_backend(backend: str, num_envs: int, device: str | None = None) -> str:
+    """ "cpu" or "warp": what "auto" means for `num_envs` environments on this machine."""
+    if backend not in BACKENDS:
+        raise UserError(f"no simulator for backend={backend!r}; choose from {', '.join(BACKENDS)}")
+    if backend != "auto":
+        return backend
+    if num_envs < WARP_WORLDS or device == "cpu":
+        return "cpu"
+    try:
+        from common.warp_env import find_device
+
+        find_device(device)
+    except UserError as error:
+        logging.getLogger(__name__).info("physics on CPU cores: %s", error)
+        return "cpu"
+    return "warp"
+
+
 def make_env(
-    task: Task | str, num_envs: int = 1, obs: str = "state", backend: str = "cpu", seed: int | None = None, **kwargs
-) -> LiberoVectorEnv:
-    """Make a vector environment of a LIBERO task (a `Task` or a task id); `kwargs` as in `LiberoVectorEnv`."""
-    if obs != "state" or backend != "cpu":
-        raise UserError(f"make_env offers obs='state' on backend='cpu' so far, not obs={obs!r} on backend={backend!r}")
-    return LiberoVectorEnv(load_task(task) if isinstance(task, str) else task, num_envs, seed, **kwargs)
+    task: Task | str,
+    num_envs: int = 1,
+    obs: str = "state",
+    backend: str = "cpu",
+    seed: int | None = None,
+    device: str | None = None,
+    **kwargs,
+) -> VectorEnv:
+    """Make a vector environment of a LIBERO task (a `Task` or a task id).
+
+    Args:
+        backend: "cpu" (`LiberoVectorEnv`), "warp" (`common.warp_env.LiberoWarpEnv`, on `device`) or "auto" (see `choose_backend`).
+        device: of "warp", default the first GPU.
+        kwargs: as in the class.
+    """
+    if obs != "state":
+        raise UserError(f"make_env offers obs='state' so far, not obs={obs!r}")
+    backend = choose_backend(backend, num_envs, device)
+    task = load_task(task) if isinstance(task, str) else task
+    if backend == "cpu":
+        return LiberoVectorEnv(task, num_envs, seed, **kwargs)
+    from common.warp_env import LiberoWarpEnv
+
+    return LiberoWarpEnv(task, num_envs, seed, device=device, **kwargs)

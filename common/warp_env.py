@@ -1,0 +1,964 @@
+"""LIBERO's simulation in batch on a GPU: common/env.py's environment, with all worlds of a task on MuJoCo Warp.
+
+A control step is 25 times step1, OSC_POSE, step2, then the goal, the next episode's start where one has ended, and the
+observation. All of it stays on the device, and on CUDA it is one recorded graph. Physics is in single precision: trajectories
+follow those of the CPU until a contact makes or breaks a little earlier or later (docs/warp.md), so rollouts agree statistically.
+
+The module also runs on Warp's CPU device: slowly, for tests. It imports Warp and MuJoCo Warp, so `make_env` imports it late.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+
+from common.cli import UserError
+from common.env import (
+    GRIPPER_SPEED,
+    KINDS,
+    KP,
+    NO_OP,
+    NULL_KP,
+    SUBSTEPS,
+    LiberoVectorEnv,
+    StateObservation,
+    _goal_table,
+    _mass_addresses,
+    axis_angle,
+)
+from common.render import _start_warp
+from common.tasks import Predicate, Task
+
+_start_warp()  # before MuJoCo Warp's import starts it: quietly, with our folder for compiled kernels
+
+try:
+    import mujoco_warp as mjw
+except (ImportError, AttributeError) as error:  # the latter from a MuJoCo that is older than 3.8
+    raise UserError(f"MuJoCo Warp does not import ({error}); run: pip install -r requirements.txt") from error
+import warp as wp  # noqa: E402
+
+wp.set_module_options({"enable_backward": False, "max_unroll": 0})  # loops stay loops: unrolled 7 x 7 factors compile for minutes
+
+CUDA_OVERHEAD = 0.5e9  # bytes for the CUDA context, modules and graph
+
+# ---------------------------------------------------------------------------------------------- the controller, one world a thread
+
+# Double precision: the arithmetic is a thousandth of a physics step's, and factors of J M^-1 J^T lose half of their digits.
+real = wp.float64
+vec7 = wp.types.vector(7, real)
+mat77 = wp.types.matrix((7, 7), real)
+mat67 = wp.types.matrix((6, 7), real)
+
+
+_NUMPY = {int: np.int32, float: np.float32, real: np.float64, wp.vec3: np.float32, wp.mat33d: np.float64, wp.vec2d: np.float64}
+
+
+def _array(values, dtype=int) -> wp.array:
+    """On the current device."""
+    return wp.array(np.asarray(values, _NUMPY[dtype]), dtype=dtype)
+
+
+@wp.struct
+class Arm:
+    """Where the arm's numbers lie, and the constants of its controller (see `common.env._control_steps`)."""
+
+    qpos: wp.array(dtype=int)  # (7,) addresses
+    dof: wp.array(dtype=int)  # (7,)
+    actuator: wp.array(dtype=int)  # (7,)
+    mass: wp.array2d(dtype=int)  # (7, 7) addresses in a world's mass matrix, -1: zero
+    home: wp.array(dtype=real)  # (7,) joint positions that the null space is pulled to
+    low: wp.array(dtype=real)  # (7,) torque limits
+    high: wp.array(dtype=real)  # (7,)
+    finger: wp.array(dtype=int)  # (2,) actuators
+    finger_middle: wp.array(dtype=real)  # (2,) of the control range
+    finger_half: wp.array(dtype=real)  # (2,) half its width
+    site: int  # the grip site
+    root: int  # the body that the arm's tree begins with
+
+
+@wp.struct
+class Poses:
+    """N worlds' numbers that controller, goal and observation read, each as (N, .) float: see `common.env.FIELDS`."""
+
+    qpos: wp.array2d(dtype=float)
+    qvel: wp.array2d(dtype=float)
+    xpos: wp.array2d(dtype=float)
+    xmat: wp.array2d(dtype=float)
+    xipos: wp.array2d(dtype=float)
+    site_xpos: wp.array2d(dtype=float)
+    site_xmat: wp.array2d(dtype=float)
+
+
+@wp.struct
+class Memory:
+    """What a world remembers beside its physics."""
+
+    actions: wp.array2d(dtype=float)  # (N, 7)
+    target: wp.array(dtype=wp.vec3d)  # (N,) where the hand is to go
+    goal_rot: wp.array(dtype=wp.mat33d)  # (N,)
+    grip: wp.array(dtype=wp.vec2d)  # (N,) how far each finger was told to go, in [-1, 1]
+    elapsed: wp.array(dtype=int)  # (N,) control steps of this episode
+    episode: wp.array(dtype=int)  # (N,) episodes begun since the seed
+    state_index: wp.array(dtype=int)  # (N,) the start state
+    broken: wp.array(dtype=int)  # (N,) 1: constraints were dropped, or the state is not finite
+    peaks: wp.array(dtype=int)  # (4,) most constraint rows in a world, contacts, and pairs in all worlds; broken episodes
+
+
+@wp.func
+def cholesky(a: mat77, n: int):
+    """Lower Cholesky factor of the leading n x n block of a symmetric positive definite matrix."""
+    for i in range(n):
+        for j in range(i + 1):
+            total = a[i, j]
+            for k in range(j):
+                total -= a[i, k] * a[j, k]
+            if i == j:
+                a[i, j] = wp.sqrt(wp.max(total, real(1.0e-18)))
+            else:
+                a[i, j] = total / a[j, j]
+    return a
+
+
+@wp.func
+def solve(factor: mat77, n: int, x: vec7):
+    """L L^T \\ x."""
+    for i in range(n):
+        for k in range(i):
+            x[i] -= factor[i, k] * x[k]
+        x[i] /= factor[i, i]
+    for m in range(n):
+        i = n - 1 - m
+        for k in range(i + 1, n):
+            x[i] -= factor[k, i] * x[k]
+        x[i] /= factor[i, i]
+    return x
+
+
+@wp.func
+def osc_torques(M: mat77, J: mat67, bias: vec7, q: vec7, qd: vec7, q0: vec7, pos_error: wp.vec3d, ori_error: wp.vec3d, velocity: vec7):
+    """`common.env._osc_torques`, term by term."""
+    kd = real(2.0) * wp.sqrt(real(wp.static(KP)))
+    null_kd = real(2.0) * wp.sqrt(real(wp.static(NULL_KP)))
+    a = vec7()
+    torque = vec7()
+    for i in range(7):
+        a[i] = real(wp.static(NULL_KP)) * (q0[i] - q[i]) - null_kd * qd[i]
+    for i in range(7):
+        torque[i] = bias[i]
+        for k in range(7):
+            torque[i] += M[i, k] * a[k]
+    factor = cholesky(M, 7)
+    A = mat77()  # J M^-1 J^T, 6 x 6
+    for i in range(6):
+        column = vec7()
+        for k in range(7):
+            column[k] = J[i, k]
+        column = solve(factor, 7, column)
+        for j in range(6):
+            for k in range(7):
+                A[j, i] += J[j, k] * column[k]
+    force = vec7()
+    moment = vec7()
+    null = vec7()
+    lower = mat77()  # the rotational block of A
+    for i in range(3):
+        force[i] = real(wp.static(KP)) * pos_error[i] - kd * velocity[i]
+        moment[i] = real(wp.static(KP)) * ori_error[i] - kd * velocity[3 + i]
+        for j in range(3):
+            lower[i, j] = A[3 + i, 3 + j]
+    force = solve(cholesky(A, 3), 3, force)
+    moment = solve(cholesky(lower, 3), 3, moment)
+    for i in range(6):
+        for k in range(7):
+            null[i] += J[i, k] * a[k]
+    null = solve(cholesky(A, 6), 6, null)
+    for k in range(7):
+        for i in range(3):
+            torque[k] += J[i, k] * (force[i] - null[i]) + J[3 + i, k] * (moment[i] - null[3 + i])
+    return torque
+
+
+@wp.func
+def axis_angle_matrix(v: wp.vec3d):
+    """`common.env._axis_angle_matrix`: by a quaternion in single precision, as robosuite does it."""
+    angle = wp.sqrt(v[0] * v[0] + v[1] * v[1] + v[2] * v[2])
+    s = wp.sin(real(0.5) * angle) / angle
+    w = float(wp.cos(real(0.5) * angle))
+    x = float(v[0] * s)
+    y = float(v[1] * s)
+    z = float(v[2] * s)
+    scale = wp.sqrt(real(2.0) / real(float(real(w * w) + real(x * x) + real(y * y) + real(z * z))))
+    w = float(real(w) * scale)
+    x = float(real(x) * scale)
+    y = float(real(y) * scale)
+    z = float(real(z) * scale)
+    one = real(1.0)
+    return wp.mat33d(
+        one - real(y * y) - real(z * z),
+        real(x * y - z * w),
+        real(x * z + y * w),
+        real(x * y + z * w),
+        one - real(x * x) - real(z * z),
+        real(y * z - x * w),
+        real(x * z - y * w),
+        real(y * z + x * w),
+        one - real(x * x) - real(y * y),
+    )
+
+
+@wp.kernel
+def control(
+    first: bool,  # of the control step's substeps: a new action sets the goal pose, relative to where the hand is now
+    arm: Arm,
+    poses: Poses,
+    memory: Memory,
+    mass: wp.array2d(dtype=float),  # (N, .)
+    bias: wp.array2d(dtype=float),  # (N, nv)
+    cdof: wp.array2d(dtype=wp.spatial_vector),  # (N, nv) axes of motion about the tree's centre of mass: rotation, translation
+    subtree_com: wp.array2d(dtype=wp.vec3),  # (N, nbody)
+    nefc: wp.array(dtype=int),  # (N,)
+    nacon: wp.array(dtype=int),
+    ncollision: wp.array(dtype=int),
+    njmax: int,
+    ctrl: wp.array2d(dtype=float),  # (N, nu) output
+):
+    world = wp.tid()
+    eef = wp.vec3d()
+    rot = wp.mat33d()
+    for i in range(3):
+        eef[i] = real(poses.site_xpos[world, 3 * arm.site + i])
+        for j in range(3):
+            rot[i, j] = real(poses.site_xmat[world, 9 * arm.site + 3 * i + j])
+    if first:
+        goal = eef
+        delta = wp.vec3d()
+        for i in range(3):
+            goal[i] += real(0.05) * wp.clamp(real(memory.actions[world, i]), real(-1.0), real(1.0))
+            delta[i] = real(0.5) * wp.clamp(real(memory.actions[world, 3 + i]), real(-1.0), real(1.0))
+        memory.target[world] = goal
+        if delta[0] != real(0.0) or delta[1] != real(0.0) or delta[2] != real(0.0):  # else the old goal orientation stays
+            memory.goal_rot[world] = axis_angle_matrix(delta) * rot
+
+    M = mat77()
+    J = mat67()
+    q = vec7()
+    qd = vec7()
+    qfrc = vec7()
+    home = vec7()
+    com = subtree_com[world, arm.root]
+    offset = wp.vec3d(eef[0] - real(com[0]), eef[1] - real(com[1]), eef[2] - real(com[2]))
+    for k in range(7):
+        dof = arm.dof[k]
+        q[k] = real(poses.qpos[world, arm.qpos[k]])
+        qd[k] = real(poses.qvel[world, dof])
+        qfrc[k] = real(bias[world, dof])
+        home[k] = arm.home[k]
+        motion = cdof[world, dof]
+        axis = wp.vec3d(real(motion[0]), real(motion[1]), real(motion[2]))
+        linear = wp.vec3d(real(motion[3]), real(motion[4]), real(motion[5])) + wp.cross(axis, offset)
+        for i in range(3):
+            J[i, k] = linear[i]
+            J[3 + i, k] = axis[i]
+        for i in range(7):
+            if arm.mass[i, k] >= 0:
+                M[i, k] = real(mass[world, arm.mass[i, k]])
+    velocity = vec7()
+    for i in range(6):
+        for k in range(7):
+            velocity[i] += J[i, k] * qd[k]
+    goal_rot = memory.goal_rot[world]
+    ori_error = wp.vec3d()  # half the sum over the axes of current x desired
+    for i in range(3):
+        a = (i + 1) % 3
+        b = (i + 2) % 3
+        for c in range(3):
+            ori_error[i] += real(0.5) * (rot[a, c] * goal_rot[b, c] - rot[b, c] * goal_rot[a, c])
+    torque = osc_torques(M, J, qfrc, q, qd, home, memory.target[world] - eef, ori_error, velocity)
+    for k in range(7):
+        ctrl[world, arm.actuator[k]] = float(wp.clamp(torque[k], arm.low[k], arm.high[k]))
+
+    step = real(0.0)  # LIBERO's gripper: the sign of the action moves both fingers' targets by a fixed amount a substep
+    if memory.actions[world, 6] > 0.0:
+        step = real(wp.static(GRIPPER_SPEED))
+    elif memory.actions[world, 6] < 0.0:
+        step = -real(wp.static(GRIPPER_SPEED))
+    grip = memory.grip[world]
+    grip = wp.vec2d(wp.max(real(-1.0), wp.min(real(1.0), grip[0] - step)), wp.max(real(-1.0), wp.min(real(1.0), grip[1] + step)))
+    memory.grip[world] = grip
+    for f in range(2):
+        ctrl[world, arm.finger[f]] = float(arm.finger_middle[f] + arm.finger_half[f] * grip[f])
+
+    # MuJoCo Warp's own counters of this substep
+    wp.atomic_max(memory.peaks, 0, nefc[world])
+    if nefc[world] > njmax:
+        memory.broken[world] = 1
+    if world == 0:
+        wp.atomic_max(memory.peaks, 1, nacon[0])
+        wp.atomic_max(memory.peaks, 2, ncollision[0])
+
+
+# ---------------------------------------------------------------------------------------------- goal, observation, new episodes
+
+
+@wp.struct
+class Goal:
+    """P conjuncts (see `common.env._goal_table`)."""
+
+    kind: wp.array(dtype=int)  # (P,)
+    body: wp.array(dtype=int)
+    target: wp.array(dtype=int)
+    extent: wp.array(dtype=wp.vec3)
+    qpos: wp.array2d(dtype=int)  # (P, 8)
+    joints: wp.array(dtype=int)
+    sign: wp.array(dtype=float)
+    threshold: wp.array(dtype=float)
+    inclusive: wp.array(dtype=int)
+    any: wp.array(dtype=int)
+    contact: wp.array(dtype=int)  # (P,) 1: two groups of geoms must touch
+    group: wp.array2d(dtype=int)  # (P, ngeom) 1: in the first group, 2: in the second
+
+
+def goal_struct(goal: Sequence[Predicate], ngeom: int) -> Goal:
+    """The conjuncts on the current device."""
+    rows, out = _goal_table(tuple(goal)), Goal()
+    for name in ("kind", "body", "target", "joints", "inclusive", "any", "qpos"):
+        setattr(out, name, _array(rows[name]))
+    out.extent, out.sign, out.threshold = _array(rows["extent"], wp.vec3), _array(rows["sign"], float), _array(rows["threshold"], float)
+    out.contact = _array([p.contact is not None for p in goal])
+    group = np.zeros((len(goal), ngeom), np.int32)
+    for p, predicate in enumerate(goal):
+        for bit, geoms in zip((1, 2), predicate.contact or (), strict=False):
+            group[p, list(geoms)] |= bit
+    out.group = _array(group)
+    return out
+
+
+@wp.func
+def near(p: int, goal: Goal, poses: Poses, world: int):
+    """`common.env._near`: whether conjunct p holds as far as positions say."""
+    kind = goal.kind[p]
+    if kind == wp.static(KINDS["joint"]):
+        count = int(0)  # noqa: UP018 (a variable to Warp, not a constant)
+        for i in range(goal.joints[p]):
+            value = goal.sign[p] * poses.qpos[world, goal.qpos[p, i]]
+            threshold = goal.sign[p] * goal.threshold[p]
+            if value > threshold or (goal.inclusive[p] == 1 and value == threshold):
+                count += 1
+        if goal.any[p] == 1:
+            return count > 0
+        return count == goal.joints[p]
+    position = wp.vec3()
+    centre = wp.vec3()
+    for i in range(3):
+        position[i] = poses.xpos[world, 3 * goal.body[p] + i]
+    if kind == wp.static(KINDS["ontop"]):
+        for i in range(3):
+            centre[i] = poses.xpos[world, 3 * goal.target[p] + i]
+        across = wp.vec2(centre[0] - position[0], centre[1] - position[1])
+        return centre[2] <= position[2] and wp.length(across) < 0.03
+    rot = wp.mat33()
+    for i in range(3):
+        centre[i] = poses.site_xpos[world, 3 * goal.target[p] + i]
+        for j in range(3):
+            rot[i, j] = poses.site_xmat[world, 9 * goal.target[p] + 3 * i + j]
+    extent = goal.extent[p]
+    if kind == wp.static(KINDS["contain"]):
+        reach = rot * extent
+        inside = bool(True)  # noqa: UP018
+        for i in range(3):
+            lower = centre[i] - wp.abs(reach[i])
+            if i == 2:
+                lower -= 0.01
+            inside = inside and lower < position[i] and position[i] < centre[i] + wp.abs(reach[i])
+        return inside
+    d = rot * (position - centre)
+    if wp.abs(d[0]) >= extent[0] or wp.abs(d[1]) >= extent[1]:
+        return False
+    return extent[2] - 0.005 < d[2] and d[2] < extent[2] + 0.10
+
+
+@wp.kernel
+def find_touching(
+    goal: Goal,
+    nacon: wp.array(dtype=int),
+    geoms: wp.array(dtype=wp.vec2i),  # (naconmax,) of the contacts of all worlds
+    worlds: wp.array(dtype=int),
+    touching: wp.array2d(dtype=int),  # (N, P) output
+):
+    contact = wp.tid()
+    if contact >= nacon[0]:
+        return
+    for p in range(goal.group.shape[0]):
+        a = goal.group[p, geoms[contact][0]]
+        b = goal.group[p, geoms[contact][1]]
+        if ((a & 1) != 0 and (b & 2) != 0) or ((a & 2) != 0 and (b & 1) != 0):
+            touching[worlds[contact], p] = 1
+
+
+@wp.kernel
+def judge(
+    goal: Goal,
+    poses: Poses,
+    memory: Memory,
+    touching: wp.array2d(dtype=int),
+    max_steps: int,
+    reward: wp.array(dtype=float),
+    terminated: wp.array(dtype=bool),
+    truncated: wp.array(dtype=bool),
+    done: wp.array(dtype=bool),
+    length: wp.array(dtype=int),
+):
+    world = wp.tid()
+    holds = bool(True)  # noqa: UP018
+    for p in range(goal.kind.shape[0]):
+        holds = holds and near(p, goal, poses, world) and (goal.contact[p] == 0 or touching[world, p] == 1)
+    for i in range(poses.qpos.shape[1]):
+        if not wp.isfinite(poses.qpos[world, i]):
+            memory.broken[world] = 1
+    for i in range(poses.qvel.shape[1]):
+        if not wp.isfinite(poses.qvel[world, i]):
+            memory.broken[world] = 1
+    broken = memory.broken[world] == 1
+    if broken:
+        wp.atomic_add(memory.peaks, 3, 1)
+    holds = holds and not broken
+    memory.elapsed[world] += 1
+    length[world] = memory.elapsed[world]
+    terminated[world] = holds
+    truncated[world] = (not holds) and (broken or memory.elapsed[world] >= max_steps)
+    done[world] = terminated[world] or truncated[world]
+    reward[world] = wp.where(holds, 1.0, 0.0)
+
+
+@wp.func
+def entry(field: int, index: int, poses: Poses, world: int):
+    """A number of `common.env.FIELDS`, whose order this follows."""
+    if field == 0:
+        return poses.qpos[world, index]
+    if field == 1:
+        return poses.qvel[world, index]
+    if field == 5:
+        return poses.xpos[world, index]
+    if field == 6:
+        return poses.xmat[world, index]
+    if field == 7:
+        return poses.xipos[world, index]
+    if field == 8:
+        return poses.site_xpos[world, index]
+    return poses.site_xmat[world, index]
+
+
+@wp.kernel
+def observe(terms: wp.array2d(dtype=int), poses: Poses, obs: wp.array2d(dtype=float)):
+    world, k = wp.tid()
+    value = entry(terms[k, 0], terms[k, 1], poses, world)
+    if terms[k, 2] >= 0:
+        value -= entry(terms[k, 2], terms[k, 3], poses, world)
+    obs[world, k] = value
+
+
+@wp.struct
+class Starts:
+    """Start states, settled: T training states, then the official ones."""
+
+    qpos: wp.array2d(dtype=float)  # (T + O, nq)
+    qvel: wp.array2d(dtype=float)
+    warmstart: wp.array2d(dtype=float)  # the constraint solver's, (., nv)
+    time: wp.array(dtype=float)
+    goal_rot: wp.array(dtype=wp.mat33d)
+    grip: wp.array(dtype=wp.vec2d)
+    train: int  # T
+
+
+@wp.kernel
+def begin(
+    mask: wp.array(dtype=bool),
+    official: wp.array(dtype=int),  # (N,) index of an official state, -1: a training state, drawn here
+    seed: wp.array(dtype=int),
+    starts: Starts,
+    memory: Memory,
+    qpos: wp.array2d(dtype=float),
+    qvel: wp.array2d(dtype=float),
+    warmstart: wp.array2d(dtype=float),
+    time: wp.array(dtype=float),
+):
+    world = wp.tid()
+    if not mask[world]:
+        return
+    # world and episode decide the draw, not the order in which worlds finish
+    random = wp.rand_init(seed[0], world + mask.shape[0] * memory.episode[world])
+    index = wp.randi(random, 0, starts.train)
+    row = index
+    if official[world] >= 0:
+        index = official[world]
+        row = starts.train + index
+    memory.episode[world] += 1
+    memory.state_index[world] = index
+    memory.elapsed[world] = 0
+    memory.broken[world] = 0
+    memory.goal_rot[world] = starts.goal_rot[row]
+    memory.grip[world] = starts.grip[row]
+    time[world] = starts.time[row]
+    for i in range(qpos.shape[1]):
+        qpos[world, i] = starts.qpos[row, i]
+    for i in range(qvel.shape[1]):
+        qvel[world, i] = starts.qvel[row, i]
+        warmstart[world, i] = starts.warmstart[row, i]
+
+
+# ---------------------------------------------------------------------------------------------- what a task needs
+
+
+def settled(task: Task, states: np.ndarray, steps: int) -> dict[str, np.ndarray]:
+    """`states` (n, 1 + nq + nv) after `steps` no-ops of the CPU backend, so that both backends' episodes begin alike.
+
+    Returns time (n,), qpos, qvel, warmstart (n, nv), goal_rot (n, 3, 3), grip (n, 2), and contacts and rows (n,), how many there are.
+    """
+    chunks = []
+    for first in range(0, len(states), 64):  # an mjData takes megabytes
+        chunk = states[first : first + 64]
+        env = LiberoVectorEnv(task, len(chunk), max_steps=steps + 1, autoreset_mode=AutoresetMode.DISABLED)
+        env.set_state(chunk)
+        for _ in range(steps):
+            env.step(np.tile(NO_OP, (len(chunk), 1)))
+        snapshot, new = env.snapshot(), env.get_state()
+        chunks.append(
+            {
+                "time": new[:, 0],
+                "qpos": new[:, 1 : 1 + task.model.nq],
+                "qvel": new[:, 1 + task.model.nq :],
+                "warmstart": np.stack([d.qacc_warmstart for d in env.data]),
+                "goal_rot": snapshot["goal_rot"],
+                "grip": snapshot["grip"],
+                "contacts": np.array([d.ncon for d in env.data]),
+                "rows": np.array([d.nefc for d in env.data]),
+            }
+        )
+        env.close()
+    return {name: np.concatenate([c[name] for c in chunks]) for name in chunks[0]}
+
+
+_settled: dict[tuple, dict[str, np.ndarray]] = {}
+
+
+def start_states(task: Task, official: bool, steps: int) -> dict[str, np.ndarray]:
+    """`settled` official or training states, once a process."""
+    key = task.id, task.assets, official, steps
+    if key not in _settled:
+        _settled[key] = settled(task, task.init_states if official else task.train_states, steps)
+    return _settled[key]
+
+
+_sizes: dict[tuple, Sizes] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Room for contacts, and for pairs of geoms that may touch, a world on average; and for constraint rows, in every world."""
+
+    nconmax: int
+    njmax: int
+
+
+def warp_model(model: mujoco.MjModel) -> mujoco.MjModel:
+    """A copy of a task's model, with the options that make MuJoCo Warp do what MuJoCo does by default."""
+    model, flag = copy.copy(model), mujoco.mjtDisableBit
+    model.opt.disableflags |= flag.mjDSBL_SENSOR  # the wrist's force and torque, which nobody reads
+    # Boxes collide by MuJoCo's own algorithm. By default MuJoCo Warp takes another one, which often finds one contact of a
+    # box's edge on a face where MuJoCo finds two: a finger pad on the side of a can.
+    model.opt.disableflags |= flag.mjDSBL_NATIVECCD
+    if model.geom_margin.any():  # LIBERO's microwave; MuJoCo Warp has margins or several contacts of a mesh, not both
+        model.opt.disableflags |= flag.mjDSBL_MULTICCD
+    return model
+
+
+def contact_sizes(task: Task) -> Sizes:
+    """Sizes from what start states need, raw (objects may overlap in the air) and settled, with room for what a policy does."""
+    key = task.id, task.assets
+    if key not in _sizes:
+        states = np.concatenate([task.init_states, task.train_states[:64]])
+        raw, rest = settled(task, states, 0), settled(task, states, 10)
+        room = lambda name, extra: int(-(-max(raw[name].max(), 2 * rest[name].max() + extra) // 8) * 8)  # noqa: E731
+        _sizes[key] = Sizes(nconmax=room("contacts", 48), njmax=room("rows", 160))
+    return _sizes[key]
+
+
+def _bytes(values) -> int:
+    """Memory of the Warp arrays in a dataclass of MuJoCo Warp's, and in those that it holds."""
+    if isinstance(values, wp.array):
+        return values.capacity
+    return sum(_bytes(getattr(values, f.name)) for f in dataclasses.fields(values)) if dataclasses.is_dataclass(values) else 0
+
+
+def memory_needed(model: mujoco.MjModel, num_envs: int, sizes: Sizes) -> int:
+    """Bytes of device memory that `num_envs` worlds take, about: MuJoCo Warp's data, and the scratch space of its two big users."""
+    room = dict(nconmax=sizes.nconmax, njmax=sizes.njmax)
+    with wp.ScopedDevice("cpu"):
+        one, two = (_bytes(mjw.make_data(model, nworld=n, **room)) for n in (1, 2))
+    polygon, degree = int(np.append(model.mesh_polyvertnum, 4).max()), int(np.append(model.mesh_polymapnum, 3).max())
+    epa = 16 * (10 + 2 * model.opt.ccd_iterations) + 20 * (6 + 5 * model.opt.ccd_iterations) + 4 * 24  # expanding polytope: vertices, faces
+    collision = epa + 88 * polygon + 44 * degree  # and clipping, for each pair
+    padded = -(-model.nv // 16) * 16
+    solver = 28 * sizes.njmax + 8 * padded**2
+    return int(num_envs * (two - one + sizes.nconmax * (collision + 20) + solver))
+
+
+def find_device(device: str | None) -> wp.Device:
+    """The Warp device "cuda", "cuda:1" or "cpu" (for tests); None is the first GPU. Raises UserError if it can't be used."""
+    name = device or "cuda"
+    if name == "cpu":
+        return wp.get_device("cpu")
+    if not wp.is_cuda_available():
+        raise UserError(f"no CUDA device for the warp backend (asked for {name}); use the cpu backend, or a GPU with a driver of CUDA 12.4")
+    if not wp.is_conditional_graph_supported():
+        raise UserError("the NVIDIA driver is too old for the warp backend, which needs CUDA 12.4; update it, or use the cpu backend")
+    try:
+        return wp.get_device(name)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"no device {name!r}; choose from {', '.join(d.alias for d in wp.get_devices())}") from error
+
+
+# ---------------------------------------------------------------------------------------------- the environment
+
+
+class LiberoWarpEnv(VectorEnv):
+    """A LIBERO task as `gymnasium.vector.VectorEnv` on a GPU: `common.env.LiberoVectorEnv`'s interface and semantics.
+
+    What differs: physics is in single precision; training resets are drawn on the device from (seed, world, episode); an episode
+    whose world needs more constraint rows than `njmax`, or blows up, is truncated, with a warning.
+
+    Args:
+        task, num_envs, seed, settle_steps, max_steps, autoreset_mode: as in LiberoVectorEnv.
+        device: "cuda" (default), "cuda:1", ..., or "cpu".
+        tensors: whether `reset` and `step` return torch tensors on the device (rewards float32), without any wait for it. Then
+            info always has final_obs, _final_obs and final_length, under SAME_STEP.
+        nconmax, njmax: room for contacts (a world, on average) and constraint rows (every world), default `contact_sizes`.
+
+    Raises UserError without such a device, with too little memory, or when contacts overflow.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        num_envs: int = 1,
+        seed: int | None = None,
+        settle_steps: int = 10,
+        max_steps: int | None = None,
+        autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP,
+        device: str | None = None,
+        tensors: bool = False,
+        nconmax: int | None = None,
+        njmax: int | None = None,
+    ):
+        if autoreset_mode not in (AutoresetMode.SAME_STEP, AutoresetMode.DISABLED):
+            raise ValueError("autoreset_mode is SAME_STEP or DISABLED")
+        self.device = find_device(device)
+        self.task, self.num_envs, self.settle_steps, self.tensors = task, num_envs, settle_steps, tensors
+        self.max_steps = task.max_steps if max_steps is None else max_steps
+        self.autoreset_mode = autoreset_mode
+        self.metadata = {"autoreset_mode": autoreset_mode, "render_fps": 20}
+        self.observe = StateObservation(task)
+        self.obs_layout = self.observe.layout
+        self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (self.observe.size,), np.float32)
+        self.single_action_space = gym.spaces.Box(-1.0, 1.0, (7,), np.float32)
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
+
+        default = contact_sizes(task)
+        self.sizes = Sizes(nconmax or default.nconmax, njmax or default.njmax)
+        model = warp_model(task.model)
+        self._check_memory(model)
+        with wp.ScopedDevice(self.device):
+            self._allocate(model)
+            self._seed(seed)
+            self._graph, self.graph_seconds = None, 0.0
+            if self.device.is_cuda:
+                self._record()
+
+    def _check_memory(self, model: mujoco.MjModel) -> None:
+        if not self.device.is_cuda:
+            return
+        needed, free = memory_needed(model, self.num_envs, self.sizes) + CUDA_OVERHEAD, self.device.free_memory
+        if needed > free:
+            raise UserError(
+                f"{self.num_envs} worlds of {self.task.id} need about {needed / 1e9:.1f} GB and {self.device.name} has "
+                f"{free / 1e9:.1f} GB free; take {int(self.num_envs * max(free - CUDA_OVERHEAD, 0) / (needed - CUDA_OVERHEAD))} at most"
+            )
+
+    def _allocate(self, model: mujoco.MjModel) -> None:
+        """Model, data and everything that kernels read and write, on the device."""
+        n, task, sizes = self.num_envs, self.task, self.sizes
+        home = mujoco.MjData(model)
+        home.qpos[task.arm_qpos] = task.initial_joints
+        mujoco.mj_kinematics(model, home)
+        self._home_rot = home.site_xmat[task.eef_site].reshape(3, 3).copy()
+        try:
+            self.model = mjw.put_model(model)
+        except (NotImplementedError, ValueError) as error:
+            raise UserError(f"MuJoCo Warp cannot simulate {task.id} ({error}); use the cpu backend") from error
+        self.data = data = mjw.make_data(model, nworld=n, nconmax=sizes.nconmax, njmax=sizes.njmax)
+
+        arm = self._arm = Arm()
+        arm.qpos, arm.dof, arm.actuator = _array(task.arm_qpos), _array(task.arm_dof), _array(task.arm_actuators)
+        if self.model.is_sparse:
+            masses = _mass_addresses(task)
+        else:
+            masses = np.array(task.arm_dof)[:, None] * data.qM.shape[2] + task.arm_dof
+        arm.mass, arm.home = _array(masses), _array(task.initial_joints, real)
+        low, high = model.actuator_ctrlrange[task.arm_actuators].T
+        arm.low, arm.high = _array(low, real), _array(high, real)
+        low, high = model.actuator_ctrlrange[task.gripper_actuators].T
+        arm.finger, arm.finger_middle = _array(task.gripper_actuators), _array((low + high) / 2, real)
+        arm.finger_half = _array((high - low) / 2, real)
+        arm.site, arm.root = task.eef_site, int(model.body_rootid[model.site_bodyid[task.eef_site]])
+        self._mass = data.qM.reshape((n, -1))
+
+        poses = self._poses = Poses()
+        for name in ("qpos", "qvel", "xpos", "xmat", "xipos", "site_xpos", "site_xmat"):
+            setattr(poses, name, _floats(getattr(data, name)))
+        memory = self._memory = Memory()
+        memory.actions = wp.zeros((n, 7), dtype=float)
+        memory.target, memory.goal_rot = wp.zeros(n, dtype=wp.vec3d), wp.zeros(n, dtype=wp.mat33d)
+        memory.grip = wp.zeros(n, dtype=wp.vec2d)
+        for name in ("elapsed", "episode", "state_index", "broken"):
+            setattr(memory, name, wp.zeros(n, dtype=int))
+        memory.peaks = wp.zeros(4, dtype=int)
+        self._peaks = wp.zeros(4, dtype=int, device="cpu", pinned=self.device.is_cuda)  # their copy, current when a step is over
+        self._warned, self._failed = 0, False
+
+        self._goal = goal_struct(task.goal, model.ngeom)
+        self._touching = wp.zeros((n, len(task.goal)), dtype=int)
+        self._terms = _array(self.observe.terms)
+
+        self._reward, self._length = wp.zeros(n, dtype=float), wp.zeros(n, dtype=int)
+        self._terminated, self._truncated, self._done, self._mask = (wp.zeros(n, dtype=bool) for _ in range(4))
+        self._obs, self._final_obs = (wp.zeros((n, self.observe.size), dtype=float) for _ in range(2))
+        self._random = wp.full(n, -1, dtype=int)
+        self._official = wp.full(n, -1, dtype=int)
+        self._seed_array = wp.zeros(1, dtype=int)
+        train, official = (start_states(task, kind, self.settle_steps) for kind in (False, True))
+        both = {name: np.concatenate([train[name], official[name]]) for name in train}
+        starts = self._starts = Starts()
+        for name in ("qpos", "qvel", "warmstart", "time"):
+            setattr(starts, name, _array(both[name], float))
+        starts.goal_rot, starts.grip = _array(both["goal_rot"], wp.mat33d), _array(both["grip"], wp.vec2d)
+        starts.train = len(train["time"])
+
+    def _record(self) -> None:
+        """The control step as one CUDA graph. A step before that, and a start state before that, since recording loads no code."""
+        self._restart(np.ones(self.num_envs, bool), np.zeros(self.num_envs, np.int32))
+        self._control_step()
+        wp.synchronize_device(self.device)
+        start = time.perf_counter()
+        with wp.ScopedCapture(self.device) as capture:
+            self._control_step()
+        self._graph, self.graph_seconds = capture.graph, time.perf_counter() - start
+        self._memory.peaks.zero_()
+
+    # ------------------------------------------------------------------ gymnasium's interface
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        """Start episodes. `options`: "init_state" (num_envs,) indices of official init states; "reset_mask" (num_envs,) bool."""
+        options = options or {}
+        mask = np.asarray(_host(options.get("reset_mask", np.ones(self.num_envs, bool))), bool)
+        official = np.full(self.num_envs, -1)
+        if (indices := options.get("init_state")) is not None:
+            official = np.broadcast_to(np.asarray(_host(indices), np.int64), (self.num_envs,))
+            if official.min() < 0 or official.max() >= len(self.task.init_states):
+                raise ValueError(f"init_state indices run from 0 to {len(self.task.init_states) - 1}")
+        with wp.ScopedDevice(self.device), self._stream():
+            if seed is not None:
+                self._seed(seed)
+            self._restart(mask, official)
+            self._check_contacts()
+            return self._out(self._obs), {"state_index": self._out(self._memory.state_index)}
+
+    def step(self, actions):
+        with wp.ScopedDevice(self.device), self._stream():
+            self._take_actions(actions)
+            if self._graph is None:
+                self._control_step()
+            else:
+                wp.capture_launch(self._graph)
+            observations, reward, info = self._out(self._obs), self._out(self._reward), {}
+            terminated, truncated = self._out(self._terminated), self._out(self._truncated)
+            if self.autoreset_mode == AutoresetMode.SAME_STEP and (self.tensors or (terminated | truncated).any()):
+                final = (("final_obs", self._final_obs), ("_final_obs", self._done), ("final_length", self._length))
+                info = {name: self._out(values) for name, values in final}
+            self._check_contacts()
+        if not self.tensors:
+            reward, info = reward.astype(np.float64), {k: v.astype(np.int64) if k == "final_length" else v for k, v in info.items()}
+        return observations, reward, terminated, truncated, info
+
+    def close_extras(self, **kwargs):
+        wp.synchronize_device(self.device)  # with tensors, the last step's counters may not be here yet
+        if not self._failed:
+            self._check_contacts()
+
+    # ------------------------------------------------------------------ LIBERO's states
+
+    def get_state(self) -> np.ndarray:
+        """(num_envs, 1 + nq + nv) float64 (of single precision): time, qpos, qvel."""
+        columns = self.data.time.numpy()[:, None], self.data.qpos.numpy(), self.data.qvel.numpy()
+        return np.concatenate(columns, axis=1).astype(np.float64)
+
+    def set_state(self, states: np.ndarray, gripper: np.ndarray | None = None, envs: np.ndarray | None = None) -> None:
+        """As `LiberoVectorEnv.set_state`."""
+        envs = np.arange(self.num_envs) if envs is None else np.asarray(envs)
+        states = np.asarray(states, np.float64)
+        nq, width = self.task.model.nq, 1 + self.task.model.nq + self.task.model.nv
+        if states.shape != (len(envs), width):
+            raise ValueError(f"states must have shape {(len(envs), width)}, not {states.shape}")
+        told = np.zeros(len(envs)) if gripper is None else np.asarray(gripper, np.float64)
+        memory, data = self._memory, self.data
+        for array, rows in (
+            (data.time, states[:, 0]),
+            (data.qpos, states[:, 1 : 1 + nq]),
+            (data.qvel, states[:, 1 + nq :]),
+            (data.qacc_warmstart, 0.0),
+            (memory.goal_rot, self._home_rot),
+            (memory.grip, np.stack([-told, told], axis=1)),
+            (memory.elapsed, 0),
+            (memory.broken, 0),
+        ):
+            values = array.numpy().copy()
+            values[envs] = rows
+            array.assign(values)
+        with wp.ScopedDevice(self.device):
+            self._look(self._obs)
+
+    def observations(self) -> np.ndarray:
+        """(num_envs, size) float32 of the current states."""
+        return self._out(self._obs)
+
+    def proprioception(self) -> dict[str, np.ndarray]:
+        """LIBERO's robot observations, (num_envs, .) float64 each; see `common.env.proprioception`."""
+        task, qpos = self.task, self.data.qpos.numpy().astype(np.float64)
+        quat = self.data.xquat.numpy()[:, task.hand_body].astype(np.float64)
+        quat /= np.linalg.norm(quat, axis=1, keepdims=True)
+        return {
+            "ee_pos": self.data.site_xpos.numpy()[:, task.eef_site].astype(np.float64),
+            "ee_quat": quat[:, [1, 2, 3, 0]],
+            "ee_ori": np.stack([axis_angle(q) for q in quat]),
+            "gripper_states": qpos[:, task.gripper_qpos],
+            "joint_states": qpos[:, task.arm_qpos],
+        }
+
+    def _remembered(self) -> dict[str, wp.array]:
+        names = ("goal_rot", "grip", "elapsed", "episode", "state_index", "broken")
+        physics = {name: getattr(self.data, name) for name in ("time", "qpos", "qvel", "qacc_warmstart")}
+        return {**physics, **{name: getattr(self._memory, name) for name in names}, "seed": self._seed_array}
+
+    def snapshot(self) -> dict:
+        """Everything that the future depends on, on the host."""
+        return {name: array.numpy().copy() for name, array in self._remembered().items()}
+
+    def restore(self, snapshot: dict) -> None:
+        for name, array in self._remembered().items():
+            array.assign(snapshot[name])
+        with wp.ScopedDevice(self.device):
+            self._look(self._obs)
+
+    # ------------------------------------------------------------------ inside
+
+    def _control_step(self) -> None:
+        """The device's work of one `step`, without a word from the host."""
+        n, data, memory = self.num_envs, self.data, self._memory
+        counters = data.nefc, data.nacon, data.ncollision, data.njmax
+        for substep in range(SUBSTEPS):
+            mjw.step1(self.model, data)
+            inputs = [substep == 0, self._arm, self._poses, memory, self._mass, data.qfrc_bias, data.cdof, data.subtree_com, *counters]
+            wp.launch(control, n, inputs=inputs, outputs=[data.ctrl])
+            mjw.step2(self.model, data)
+        # LIBERO judges success on poses and contacts 2 ms old, but observations are of the state itself
+        self._touching.zero_()
+        wp.launch(find_touching, data.naconmax, inputs=[self._goal, data.nacon, data.contact.geom, data.contact.worldid, self._touching])
+        flags = [self._reward, self._terminated, self._truncated, self._done, self._length]
+        wp.launch(judge, n, inputs=[self._goal, self._poses, memory, self._touching, self.max_steps], outputs=flags)
+        self._look(self._final_obs)
+        if self.autoreset_mode == AutoresetMode.SAME_STEP:
+            self._begin(self._done, self._random)
+            self._look(self._obs)
+        else:
+            wp.copy(self._obs, self._final_obs)
+        wp.copy(self._peaks, memory.peaks)
+
+    def _look(self, obs: wp.array) -> None:
+        """Observe the states as they are."""
+        mjw.kinematics(self.model, self.data)
+        wp.launch(observe, obs.shape, inputs=[self._terms, self._poses], outputs=[obs])
+
+    def _begin(self, mask: wp.array, official: wp.array) -> None:
+        data = self.data
+        state = [data.qpos, data.qvel, data.qacc_warmstart, data.time]
+        wp.launch(begin, self.num_envs, inputs=[mask, official, self._seed_array, self._starts, self._memory], outputs=state)
+
+    def _restart(self, mask: np.ndarray, official: np.ndarray) -> None:
+        """Begin episodes where `mask`, from official init states or (-1) training states."""
+        self._mask.assign(mask)
+        self._official.assign(np.asarray(official, np.int32))
+        self._begin(self._mask, self._official)
+        self._look(self._obs)
+
+    def _seed(self, seed: int | None) -> None:
+        """Draws depend on the seed, the world and its episode number."""
+        self._seed_array.fill_(int(np.random.default_rng(seed).integers(2**31)))
+        self._memory.episode.zero_()
+
+    def _take_actions(self, actions) -> None:
+        if self.tensors and not isinstance(actions, np.ndarray):
+            if tuple(actions.shape) != (self.num_envs, 7):
+                raise ValueError(f"actions must have shape {(self.num_envs, 7)}, not {tuple(actions.shape)}")
+            wp.copy(self._memory.actions, wp.from_torch(actions.detach().float().contiguous()))
+            return
+        actions = np.ascontiguousarray(actions, np.float64)
+        if actions.shape != (self.num_envs, 7) or not np.isfinite(actions).all():
+            raise ValueError(f"actions must be finite numbers of shape {(self.num_envs, 7)}, not {actions.shape}")
+        self._memory.actions.assign(actions.astype(np.float32))
+
+    def _check_contacts(self) -> None:
+        """Report what did not fit into MuJoCo Warp's buffers, from its own counters. With tensors, a step late at most."""
+        rows, contacts, pairs, broken = (int(x) for x in self._peaks.numpy())
+        data, n = self.data, self.num_envs
+        if max(contacts, pairs) > data.naconmax:
+            self._failed = True
+            needed = -(-max(contacts, pairs) * 5 // (4 * n))
+            raise UserError(
+                f"contacts of {self.task.id} overflow: {contacts} contacts, {pairs} pairs in {n} worlds, with room for {data.naconmax}, "
+                f"so some were dropped; pass nconmax={needed} (now {self.sizes.nconmax}) to make_env"
+            )
+        if broken > self._warned:
+            why = f"up to {rows} constraint rows in a world, with room for {data.njmax}; pass njmax={rows * 5 // 4} to make_env"
+            why = why if rows > data.njmax else "the simulation became unstable"
+            message = "%s: %d episodes truncated since they could not be simulated: %s"
+            logging.getLogger(__name__).warning(message, self.task.id, broken, why)
+            self._warned = 10 * broken  # not every time
+
+    def _stream(self):
+        """Work goes to torch's stream if tensors go in and out, so that neither waits for the other."""
+        if not (self.tensors and self.device.is_cuda):
+            return contextlib.nullcontext()
+        return wp.ScopedStream(wp.stream_from_torch(wp.device_to_torch(self.device)), sync_exit=True)
+
+    def _out(self, array: wp.array):
+        """A copy that the next step leaves alone: a torch tensor on the device, or on the host."""
+        return wp.to_torch(array).clone() if self.tensors else array.numpy().copy()
+
+
+def _floats(array: wp.array) -> wp.array:
+    """(N, .) view of an array of floats, vectors or matrices (N, ...), which must outlive it."""
+    shape = array.shape[0], array.capacity // (4 * array.shape[0])
+    return wp.array(ptr=array.ptr, dtype=float, shape=shape, device=array.device, copy=False)
+
+
+def _host(values):
+    return values.cpu().numpy() if hasattr(values, "cpu") else values
