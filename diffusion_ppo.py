@@ -36,8 +36,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from common import metrics, plots, rollout
 from common.cli import UserError, run_command
-from common.env import LiberoVectorEnv, make_env, observe_states
-from common.networks import Normalizer, layer_init, mlp
+from common.env import LiberoVectorEnv, make_env
+from common.networks import Normalizer, PixelEncoder, layer_init, make_obs_encoder, mlp, random_shift
+from common.observations import TensorDict, join, obs_buffer, to_tensor
 from common.runs import Progress, load_checkpoint, make_run, resumed_args, save_checkpoint, versions, write_json
 from common.tasks import load_task
 
@@ -64,6 +65,10 @@ class Args:
     """PPO iterations between checkpoints: what a kill can lose at most"""
     videos: bool = True
     """a video, where pictures can be rendered"""
+    obs: Literal["state", "pixels"] = "state"
+    """what the policy sees: the simulator's state, or the third-person picture and proprioception"""
+    image_size: int = 84
+    """pixels of a picture's side"""
 
     # Demonstrations
     demos: str = "auto"
@@ -104,7 +109,7 @@ class Args:
     """decay of the moving average of the weights, which is what behaviour cloning ends with"""
 
     # Reinforce
-    total_steps: int = 200_000
+    total_steps: int = 300_000
     """environment steps of PPO"""
     num_steps: int = 128
     """steps an environment takes between updates"""
@@ -158,6 +163,7 @@ def validate(args: Args) -> None:
     counts += " total_steps num_steps update_epochs num_minibatches finetune_steps eval_episodes corpus_episodes"
     rules = [
         (lambda v: v >= 1, "at least 1", counts),
+        (lambda v: 32 <= v <= 512, "between 32 and 512", "image_size"),
         (lambda v: v > 0, "more than 0", "learn_lr actor_lr critic_lr clip_coef clip_coef_noisy max_grad_norm target_kl step_kl"),
         (lambda v: 0.02 <= v <= 1.5, "between 0.02 and 1.5", "std_start std_end"),
         (lambda v: 0 <= v < math.inf, "at least 0", "seed demo_noise learn_noise learn_patience critic_warmup kl_coef"),
@@ -290,22 +296,23 @@ class UNetBody(nn.Module):
 class Denoiser(nn.Module):
     """eps_theta(x_k, k, s): the noise in a chunk. What the observation says is computed once a chunk, by `encode`."""
 
-    def __init__(self, args: Args, obs_size: int, action_size: int):
+    def __init__(self, args: Args, obs_encoder: Normalizer | PixelEncoder, action_size: int):
         super().__init__()
         size, hidden = args.chunk * action_size, args.hidden
+        self.obs_encoder = obs_encoder  # observations -> features (N, size)
         self.body = MLPBody(size, hidden) if args.denoiser == "mlp" else UNetBody(args.chunk, action_size)
-        self.encoder = mlp([obs_size, hidden, hidden, self.body.film_size], out_std=0.3, activation=nn.Mish)
+        self.film = mlp([obs_encoder.size, hidden, hidden, self.body.film_size], out_std=0.3, activation=nn.Mish)
         self.time = nn.Linear(64, self.body.film_size)
         angles = torch.arange(args.denoising_steps + 1)[:, None] / args.denoising_steps * torch.logspace(0, 2, 32)
         self.register_buffer("waves", torch.cat([angles.sin(), angles.cos()], -1))  # of every level, (K + 1, 64)
 
-    def encode(self, obs: torch.Tensor) -> torch.Tensor:
-        """Standardised observations (..., obs_size) -> features (..., film_size), the observation's part of FiLM."""
-        return self.encoder(obs)
+    def encode(self, obs: torch.Tensor | TensorDict) -> torch.Tensor:
+        """Observations (N, ...) -> (N, film_size), the observation's part of FiLM."""
+        return self.film(self.obs_encoder(obs))
 
-    def forward(self, x: torch.Tensor, level: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """x (..., chunk x action_size), level k (...,), features (..., film_size) -> eps like x."""
-        return self.body(x, features + self.time(self.waves)[level])
+    def forward(self, x: torch.Tensor, level: torch.Tensor, film: torch.Tensor) -> torch.Tensor:
+        """x (..., chunk x action_size), level k (...,), the observation's film (..., film_size) -> eps like x."""
+        return self.body(x, film + self.time(self.waves)[level])
 
 
 class Agent(nn.Module):
@@ -314,32 +321,31 @@ class Agent(nn.Module):
     `actor` takes the last K' denoising steps, and is what is trained; `base`, frozen, holds the Learn policy and takes the others.
     """
 
-    def __init__(self, args: Args, obs_size: int, action_size: int = 7):
+    def __init__(self, args: Args, obs_encoder: Normalizer | PixelEncoder, action_size: int = 7):
         super().__init__()
         self.shape = args.chunk, action_size
-        self.normalizer = Normalizer(obs_size)
         self.register_buffer("alpha_bar", cosine_alpha_bar(args.denoising_steps).float())
         self.chain = Chain(args.denoising_steps, args.ddim_steps, args.ddim_eta)
         self.frozen_steps = len(self.chain) - args.finetune_steps
-        self.actor = Denoiser(args, obs_size, action_size)
+        self.actor = Denoiser(args, obs_encoder, action_size)
         self.base = copy.deepcopy(self.actor).requires_grad_(False)
-        self.critic = mlp([obs_size, args.hidden, args.hidden, 1], out_std=1.0)
+        self.critic = mlp([obs_encoder.size, args.hidden, args.hidden, 1], out_std=1.0)
 
-    def value(self, obs: torch.Tensor) -> torch.Tensor:
-        return self.critic(self.normalizer(obs)).squeeze(-1)
+    def value(self, features: torch.Tensor) -> torch.Tensor:
+        """V of the actor's features (N, size), (N,). It reads them and doesn't train them: that would move the policy."""
+        return self.critic(features.detach()).squeeze(-1)
 
-    def means(self, net: Denoiser, obs: torch.Tensor, x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
-        """Means of denoising steps i (N, S) from x (N, S, D) by `net`, (N, S, D); obs (N, obs_size) is encoded once for all S."""
-        features = net.encode(self.normalizer(obs))[:, None]
-        return self.chain.mean(x, net(x, self.chain.level[i], features), i)
+    def means(self, net: Denoiser, features: torch.Tensor, x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+        """Means of denoising steps i (N, S) from x (N, S, D) by `net`, (N, S, D), given the features (N, size) of its obs_encoder."""
+        return self.chain.mean(x, net(x, self.chain.level[i], net.film(features)[:, None]), i)
 
     def stds(self, i: torch.Tensor, floor: float) -> torch.Tensor:
         """Standard deviation of trained denoising steps i, like i: the sampler's, but at least `floor`; to sample and to score alike."""
         return self.chain.sigma[i].clamp(min=floor)
 
     @torch.no_grad()
-    def denoise(self, obs: torch.Tensor, floor: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Denoise a chunk for each observation (N, obs_size).
+    def denoise(self, obs: torch.Tensor | TensorDict, floor: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Denoise a chunk for each observation (N, ...).
 
         `floor`: least standard deviation of the trained steps; None: no noise anywhere, and zero to start from (the mean of
         pure noise), so that the chunk is a function of the observation.
@@ -349,13 +355,13 @@ class Agent(nn.Module):
         """
         size = self.shape[0] * self.shape[1]
         x = torch.zeros(len(obs), size) if floor is None else torch.randn(len(obs), size)
-        obs, path, means = self.normalizer(obs), [], []
+        path, means = [], []
         for i in range(len(self.chain)):
             if i in (0, self.frozen_steps):  # the observation is encoded once by each of the two
                 net = self.base if i < self.frozen_steps else self.actor
-                features = net.encode(obs)
+                film = net.encode(obs)
             step = torch.full((len(obs),), i)
-            mean = self.chain.mean(x, net(x, self.chain.level[step], features), step)
+            mean = self.chain.mean(x, net(x, self.chain.level[step], film), step)
             if i >= self.frozen_steps:
                 path.append(x)
                 means.append(mean)
@@ -386,14 +392,14 @@ class ChunkPolicy:
         """New episodes have begun in `envs`: what is left of their chunks is void."""
         self.used[envs] = self.execute
 
-    def __call__(self, obs: np.ndarray, patterns: np.ndarray) -> np.ndarray:
+    def __call__(self, obs: np.ndarray | dict, patterns: np.ndarray) -> np.ndarray:
         """The next action of each environment, (num_envs, 7) in [-1, 1]. `patterns`, which rollouts command, has no meaning here."""
         due = np.flatnonzero(self.used >= self.execute)
         if len(due):
-            path, _ = self.agent.denoise(torch.as_tensor(obs[due]), floor=None)
+            path, _ = self.agent.denoise(to_tensor(obs)[due], floor=None)
             self.chunks[due] = path[:, -1].reshape(-1, *self.agent.shape).clamp(-1, 1).numpy()
             self.used[due] = 0
-        actions = self.chunks[np.arange(len(obs)), self.used]
+        actions = self.chunks[np.arange(len(self.used)), self.used]
         self.used += 1
         return actions
 
@@ -414,33 +420,33 @@ def update_ema(average: nn.Module, model: nn.Module, decay: float) -> None:
         a.lerp_(m, 1 - decay)
 
 
-def denoising_loss(agent: Agent, net: Denoiser, obs: torch.Tensor, chunks: torch.Tensor, level: torch.Tensor, eps: torch.Tensor):
-    """Mean squared error of the predicted noise (Ho et al. 2020, eq. 14): chunks and eps (N, D), level k in 1..K (N,)."""
-    kept = agent.alpha_bar[level][:, None]
+def denoising_loss(agent: Agent, net: Denoiser, obs, chunks: torch.Tensor, level: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of the predicted noise (Ho et al. 2020, eq. 14): chunks (N, D), level k in 1..K (..., N), eps (..., N, D)."""
+    kept = agent.alpha_bar[level][..., None]
     noisy = kept.sqrt() * chunks + (1 - kept).sqrt() * eps
-    return (net(noisy, level, net.encode(agent.normalizer(obs))) - eps).square().mean()
+    return (net(noisy, level, net.encode(obs)) - eps).square().mean()
 
 
-def learn(args: Args, agent: Agent, demos: list[np.ndarray], actions: list[np.ndarray], tick: Callable):
-    """Behaviour cloning of chunks from demonstrations, observations (T_i, obs_size) and actions (T_i, A); `base` becomes `actor`.
+def learn(args: Args, agent: Agent, demos: list[np.ndarray | dict], actions: list[np.ndarray], tick: Callable):
+    """Behaviour cloning of chunks from demonstrations, observations (T_i, ...) and actions (T_i, A); `base` becomes `actor`.
 
     A tenth of the episodes is held out; kept are the moving average's weights of the best held-out loss, and training stops
     after `learn_patience` epochs without a better one. `tick(epoch, losses)` is called after each epoch.
     """
     torch.manual_seed(args.seed + 1)
-    agent.normalizer.fit(np.concatenate(demos))
+    agent.actor.obs_encoder.fit(join(demos))
     held_out = np.arange(len(demos)) < (max(1, len(demos) // 10) if len(demos) > 1 else 0)
 
     def tensors(mask):
-        chosen = [(o, action_chunks(a, args.chunk)) for o, a, m in zip(demos, actions, mask, strict=True) if m]
-        return [torch.as_tensor(np.concatenate(column), dtype=torch.float32) for column in zip(*chosen, strict=True)]
+        obs, chunks = zip(*[(o, action_chunks(a, args.chunk)) for o, a, m in zip(demos, actions, mask, strict=True) if m], strict=True)
+        return join(obs), join(chunks).float()
 
-    def noise(chunks):
-        return torch.randint(1, args.denoising_steps + 1, (len(chunks),)), torch.randn_like(chunks)
+    def noise(*shape):
+        return torch.randint(1, args.denoising_steps + 1, shape[:-1]), torch.randn(shape)
 
     obs, chunks = tensors(~held_out)
-    test = [x.repeat(8, 1) for x in tensors(held_out if held_out.any() else ~held_out)]  # a single demonstration
-    test += noise(test[1])  # the same for every epoch, so that epochs can be compared
+    test = tensors(held_out if held_out.any() else ~held_out)  # a single demonstration
+    test += noise(8, *test[1].shape)  # the same for every epoch, so that epochs can be compared
     net, average = agent.actor, copy.deepcopy(agent.actor)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.learn_lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.learn_epochs, eta_min=args.learn_lr / 20)
@@ -448,8 +454,8 @@ def learn(args: Args, agent: Agent, demos: list[np.ndarray], actions: list[np.nd
     for epoch in range(args.learn_epochs):
         total = 0.0
         for batch in torch.randperm(len(obs)).split(args.learn_batch):
-            noisy = obs[batch] + args.learn_noise * agent.normalizer.std * torch.randn_like(obs[batch])
-            loss = denoising_loss(agent, net, noisy, chunks[batch], *noise(chunks[batch]))
+            augmented = net.obs_encoder.augment(obs[batch], args.learn_noise)
+            loss = denoising_loss(agent, net, augmented, chunks[batch], *noise(*chunks[batch].shape))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -507,7 +513,7 @@ def denoising_weights(args: Args) -> tuple[torch.Tensor, torch.Tensor]:
 def ppo_update(args: Args, agent: Agent, optimizer, batch: dict, train_actor: bool) -> dict[str, float]:
     """One PPO update (Schulman et al. 2017) over S denoising steps of M chunks.
 
-    `batch`: obs (M, obs_size), advantages and returns (M,); and of the denoising steps: their indices `step`, `log_probs` and
+    `batch`: obs (M, ...), advantages and returns (M,); and of the denoising steps: their indices `step`, `log_probs` and
     `std` (M, S), the chunks before and after them, `x` and `next_x`, and their means by the policy that acted, `mean`, and by the
     Learn policy, `learn_mean` (M, S, D).
 
@@ -521,10 +527,11 @@ def ppo_update(args: Args, agent: Agent, optimizer, batch: dict, train_actor: bo
     for _ in range(args.update_epochs):
         for rows in torch.randperm(size).split(size // args.num_minibatches):
             b = {name: value[rows] for name, value in batch.items()}
-            value_loss = 0.5 * (agent.value(b["obs"]) - b["returns"]).square().mean()
+            features = agent.actor.obs_encoder(b["obs"])
+            value_loss = 0.5 * (agent.value(features) - b["returns"]).square().mean()
             loss, row = value_loss, {"value_loss": value_loss.item()}
             if train_actor:
-                mean = agent.means(agent.actor, b["obs"], b["x"], b["step"])
+                mean = agent.means(agent.actor, features, b["x"], b["step"])
                 log_ratio = log_prob(b["next_x"], mean, b["std"]) - b["log_probs"]
                 ratio = log_ratio.exp()  # (minibatch, S)
                 trained = b["step"] - agent.frozen_steps
@@ -584,15 +591,14 @@ class Reinforce:
         progress = self.iteration / self.num_iterations
         floor = args.std_start ** (1 - progress) * args.std_end**progress
         shape, size = (args.num_steps, env.num_envs), agent.shape[0] * agent.shape[1]
-        obs = torch.zeros(*shape, self.obs.shape[1])
-        next_obs = torch.zeros_like(obs)
+        obs, next_obs = obs_buffer(args.num_steps, self.obs), obs_buffer(args.num_steps, self.obs)
         paths, means = torch.zeros(*shape, args.finetune_steps + 1, size), torch.zeros(*shape, args.finetune_steps, size)
         decided, rewards, terminated, done = (torch.zeros(shape) for _ in range(4))
         chunks = np.zeros((env.num_envs, *agent.shape), np.float32)
         used = np.full(env.num_envs, args.execute)
         lengths, began = [], time.perf_counter()
         for t in range(args.num_steps):
-            obs[t] = torch.as_tensor(self.obs)
+            obs[t] = random_shift(to_tensor(self.obs))  # the policy acts on the shifted picture, so that the ratio is of one picture
             due = np.flatnonzero(used >= args.execute)
             if len(due):
                 paths[t, due], means[t, due] = agent.denoise(obs[t, due], floor)
@@ -601,17 +607,20 @@ class Reinforce:
             self.obs, reward, term, trunc, info = env.step(chunks[np.arange(env.num_envs), used])
             ended = term | trunc
             used = np.where(ended, args.execute, used + 1)
-            followed = np.where(ended[:, None], info["final_obs"], self.obs) if ended.any() else self.obs
-            next_obs[t] = torch.as_tensor(followed)
+            next_obs[t] = to_tensor(self.obs)
+            if ended.any():
+                next_obs[t, ended] = to_tensor(info["final_obs"])[ended]
             rewards[t], terminated[t], done[t] = (torch.as_tensor(x.astype(np.float32)) for x in (reward, term, ended))
             self.outcomes.extend(term[ended].astype(float))
             lengths += list(info["final_length"][ended]) if ended.any() else []
         rollout_seconds, began = time.perf_counter() - began, time.perf_counter()
 
-        with torch.no_grad():
-            values = agent.value(obs.flatten(0, 1)).reshape(shape)
-            next_values = agent.value(next_obs.flatten(0, 1)).reshape(shape)
         begun = decided > 0
+        ends = torch.cat([begun[1:], torch.ones_like(begun[:1])])  # the last steps of chunks: no others need values
+        values, next_values, obs = torch.zeros(shape), torch.zeros(shape), obs[begun]
+        with torch.no_grad():
+            values[begun] = agent.value(agent.actor.obs_encoder(obs))
+            next_values[ends] = agent.value(agent.actor.obs_encoder(next_obs[ends]))
         advantages = gae(rewards, values, next_values, decided, terminated, done, args.gamma, args.gae_lambda)[begun]
         values = values[begun]
         returns = advantages + values
@@ -621,7 +630,7 @@ class Reinforce:
             step = torch.randint(agent.frozen_steps, len(agent.chain), (len(returns), 1))
         chosen = torch.arange(len(returns))[:, None], step - agent.frozen_steps
         batch = {
-            "obs": obs[begun],
+            "obs": obs,
             "step": step,
             "x": paths[begun][chosen],
             "next_x": paths[begun][:, 1:][chosen],
@@ -634,7 +643,7 @@ class Reinforce:
         train_actor = self.iteration >= args.critic_warmup
         if train_actor:
             with torch.no_grad():
-                batch["learn_mean"] = agent.means(agent.base, batch["obs"], batch["x"], step)
+                batch["learn_mean"] = agent.means(agent.base, agent.base.obs_encoder(obs), batch["x"], step)
         losses = ppo_update(args, agent, self.optimizer, batch, train_actor)
         self.iteration += 1
         settled = self.iteration * args.num_steps >= env.max_steps  # before that, only successes have had time to end
@@ -692,7 +701,10 @@ def main() -> None:
     began, progress = time.time(), Progress()
     task = load_task(args.task, args.assets)
     progress.say(f"task {task.id}: {task.language}")
-    renderer = rollout.find_renderer(args.videos, progress)
+    renderer, videos = rollout.find_renderer(args.obs, args.videos, progress)
+    sees = {"obs": args.obs, "image_size": args.image_size}
+    train_env = make_env(task, args.num_envs, seed=args.seed, **sees)
+    eval_env = make_env(task, args.num_envs, seed=args.seed, **sees, autoreset_mode=AutoresetMode.DISABLED)
     demos, demo_source = rollout.load_demos(args.demos, task, args.num_demos, args.demo_noise, args.seed, progress)
     checkpoint = {"script": "diffusion_ppo", "task": task.id, "stage": "start", "seconds": 0.0}
     if run is None:
@@ -707,9 +719,6 @@ def main() -> None:
         progress.say(f"resuming after stage {checkpoint['stage']!r}")
     progress.say(f"run folder {run}")
     writer = SummaryWriter(str(run))
-    train_env = make_env(task, args.num_envs, seed=args.seed)
-    eval_env = make_env(task, args.num_envs, seed=args.seed, autoreset_mode=AutoresetMode.DISABLED)
-    demo_obs = [observe_states(task, e.states) for e in demos]
 
     def save(stage: str, **content) -> None:
         nonlocal began
@@ -723,9 +732,10 @@ def main() -> None:
 
     # 1. Learn
     torch.manual_seed(args.seed + 1)
-    agent = Agent(args, demo_obs[0].shape[1])
+    agent = Agent(args, make_obs_encoder(train_env.single_observation_space))
     policy = ChunkPolicy(agent, args.num_envs, args.execute)
     if checkpoint["stage"] == "start":
+        demo_obs = rollout.observe_demos(train_env, demos, progress)
         progress.stage("Learn", args.learn_epochs)
 
         def learn_tick(epoch: int, values: dict[str, float]) -> None:
@@ -771,7 +781,8 @@ def main() -> None:
     rollout.plot_corpus(run, task, features, patterns, distances)
     history = np.array([[0.0, learn_success], *checkpoint["history"]])
     plots.plot_success(run / "figures" / "success.png", history[:, 0], history[:, 1:], [(0, "Reinforce")], task.language)
-    rollout.make_videos(run, task, corpus, renderer, progress)
+    if videos:
+        rollout.make_videos(run, task, corpus, renderer, progress)
     summary = {
         "task": task.id,
         "success_rate": success,

@@ -38,7 +38,8 @@ from common import metrics, plots, rollout
 from common.cli import UserError, run_command
 from common.data import Episode
 from common.env import LiberoVectorEnv, make_env, observe_states
-from common.networks import Normalizer, mlp
+from common.networks import Normalizer, PixelEncoder, make_obs_encoder, mlp, random_shift
+from common.observations import join, obs_buffer, to_tensor
 from common.runs import Progress, load_checkpoint, make_run, resumed_args, save_checkpoint, versions, write_json
 from common.tasks import load_task
 
@@ -65,6 +66,10 @@ class Args:
     """PPO iterations between checkpoints: what a kill can lose at most"""
     videos: bool = True
     """one video a pattern, where pictures can be rendered"""
+    obs: Literal["state", "pixels"] = "state"
+    """what the policy sees: the simulator's state, or the third-person picture and proprioception"""
+    image_size: int = 84
+    """pixels of a picture's side"""
 
     # Demonstrations
     demos: str = "auto"
@@ -101,7 +106,7 @@ class Args:
     """width of the hidden layers"""
 
     # Reinforce
-    total_steps: int = 200_000
+    total_steps: int = 300_000
     """environment steps of PPO"""
     num_steps: int = 128
     """steps an environment takes between updates"""
@@ -155,6 +160,7 @@ def validate(args: Args) -> None:
     counts += " total_steps num_steps update_epochs num_minibatches eval_episodes corpus_episodes"
     rules = [
         (lambda v: v >= 1, "at least 1", counts),
+        (lambda v: 32 <= v <= 512, "between 32 and 512", "image_size"),
         (lambda v: v >= 2, "at least 2", "discover_points"),
         (lambda v: v > 0, "more than 0", "learn_lr actor_lr critic_lr clip_coef max_grad_norm target_kl step_kl"),
         (lambda v: 0.02 <= v <= 1.5, "between 0.02 and 1.5", "std_start std_end"),  # what Agent.policy clamps to, at least
@@ -166,6 +172,8 @@ def validate(args: Args) -> None:
             value = getattr(args, name)
             if value != "auto" and not holds(value):
                 raise UserError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
+    if args.mi_coef and args.obs == "pixels":
+        raise UserError("--mi-coef needs --obs state: its bonus is of simulator states, of which pictures say too little")
     if args.num_minibatches > (batch := args.num_steps * args.num_envs):
         raise UserError(f"--num-minibatches {args.num_minibatches} is more than the {batch} steps of --num-steps x --num-envs")
 
@@ -348,42 +356,43 @@ def choose_num_patterns(args: Args, paths: np.ndarray, layout: dict[str, slice],
 class Agent(nn.Module):
     """pi_theta(a | s, z), a diagonal Gaussian, and V(s, z). The gripper is an action dimension of which LIBERO takes the sign."""
 
-    def __init__(self, obs_size: int, num_patterns: int, hidden: int, action_size: int = 7):
+    def __init__(self, obs_encoder: Normalizer | PixelEncoder, num_patterns: int, hidden: int, action_size: int = 7):
         super().__init__()
         self.num_patterns = num_patterns
-        self.normalizer = Normalizer(obs_size)
-        self.actor = mlp([obs_size + num_patterns, hidden, hidden, hidden, action_size], out_std=0.01)
-        self.critic = mlp([obs_size + num_patterns, hidden, hidden, 1], out_std=1.0)
+        self.obs_encoder = obs_encoder  # observations -> features (N, size)
+        self.actor = mlp([obs_encoder.size + num_patterns, hidden, hidden, hidden, action_size], out_std=0.01)
+        self.critic = mlp([obs_encoder.size + num_patterns, hidden, hidden, 1], out_std=1.0)
         self.log_std = nn.Parameter(torch.full((action_size,), -1.6))  # learned by Learn, scheduled by Reinforce
 
-    def inputs(self, obs: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.normalizer(obs), nn.functional.one_hot(z, self.num_patterns)], dim=-1)
+    def inputs(self, features: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return torch.cat([features, nn.functional.one_hot(z, self.num_patterns)], dim=-1)
 
-    def policy(self, obs: torch.Tensor, z: torch.Tensor) -> Normal:
-        """obs (N, obs_size), z (N,) -> distribution of actions (N, 7)."""
-        mean = self.actor(self.inputs(obs, z))
+    def policy(self, features: torch.Tensor, z: torch.Tensor) -> Normal:
+        """features (N, size), z (N,) -> distribution of actions (N, 7)."""
+        mean = self.actor(self.inputs(features, z))
         return Normal(mean, self.log_std.clamp(-4.0, 0.5).exp().expand_as(mean))
 
     @torch.no_grad()
-    def act(self, obs: np.ndarray, z: np.ndarray) -> np.ndarray:
+    def act(self, obs: np.ndarray | dict, z: np.ndarray) -> np.ndarray:
         """The mean action of each environment, (N, 7) in [-1, 1]."""
-        return self.policy(torch.as_tensor(obs), torch.as_tensor(z)).mean.clamp(-1, 1).numpy()
+        return self.policy(self.obs_encoder(to_tensor(obs)), torch.as_tensor(z)).mean.clamp(-1, 1).numpy()
 
-    def value(self, obs: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        return self.critic(self.inputs(obs, z)).squeeze(-1)
+    def value(self, features: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """V of features (N, size) and z (N,), (N,). It reads the policy's features and doesn't train them: that would move the policy."""
+        return self.critic(self.inputs(features.detach(), z)).squeeze(-1)
 
 
 # ---------------------------------------------------------------------------------------------- Learn
 
 
-def learn(args: Args, agent: Agent, demos: list[np.ndarray], actions: list[np.ndarray], labels: list[np.ndarray], tick: Callable):
+def learn(args: Args, agent: Agent, demos: list[np.ndarray | dict], actions: list[np.ndarray], labels: list[np.ndarray], tick: Callable):
     """Behaviour cloning: maximise log pi(a | s, z) on the labelled demonstrations.
 
     A tenth of each pattern's episodes is held out; the weights of the best held-out loss are kept, and training stops
     after `learn_patience` epochs without a better one. `tick(epoch, losses)` is called after each epoch.
     """
     torch.manual_seed(args.seed + 1)
-    agent.normalizer.fit(np.concatenate(demos))
+    agent.obs_encoder.fit(join(demos))
     patterns = np.array([episode_pattern(rows) for rows in labels])
     held_out = np.zeros(len(demos), bool)
     for k in np.unique(patterns):
@@ -391,27 +400,26 @@ def learn(args: Args, agent: Agent, demos: list[np.ndarray], actions: list[np.nd
         held_out[members[: max(1, len(members) // 10)]] = len(members) > 1
 
     def tensors(mask):
-        chosen = [(o, a, z) for o, a, z, m in zip(demos, actions, labels, mask, strict=True) if m]
-        columns = [np.concatenate(column) for column in zip(*chosen, strict=True)]
-        return [torch.as_tensor(c, dtype=t) for c, t in zip(columns, (torch.float32, torch.float32, torch.long), strict=True)]
+        obs, act, z = zip(*[(o, a, z) for o, a, z, m in zip(demos, actions, labels, mask, strict=True) if m], strict=True)
+        return join(obs), join(act).float(), join(z).long()
 
     obs, act, z = tensors(~held_out)
     test_obs, test_act, test_z = tensors(held_out if held_out.any() else ~held_out)  # a single demonstration a pattern
-    optimizer = torch.optim.Adam([*agent.actor.parameters(), agent.log_std], lr=args.learn_lr)
+    optimizer = torch.optim.Adam([*agent.obs_encoder.parameters(), *agent.actor.parameters(), agent.log_std], lr=args.learn_lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.learn_epochs, eta_min=args.learn_lr / 20)
     best, best_loss, best_epoch = copy.deepcopy(agent.state_dict()), math.inf, 0
     for epoch in range(args.learn_epochs):
         total = 0.0
         for batch in torch.randperm(len(obs)).split(args.learn_batch):
-            noisy = obs[batch] + args.learn_noise * agent.normalizer.std * torch.randn_like(obs[batch])
-            loss = -agent.policy(noisy, z[batch]).log_prob(act[batch]).sum(-1).mean()
+            features = agent.obs_encoder(agent.obs_encoder.augment(obs[batch], args.learn_noise))
+            loss = -agent.policy(features, z[batch]).log_prob(act[batch]).sum(-1).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             total += loss.item() * len(batch)
         schedule.step()
         with torch.no_grad():
-            test_loss = -agent.policy(test_obs, test_z).log_prob(test_act).sum(-1).mean().item()
+            test_loss = -agent.policy(agent.obs_encoder(test_obs), test_z).log_prob(test_act).sum(-1).mean().item()
         tick(epoch, {"learn/train_loss": total / len(obs), "learn/held_out_loss": test_loss})
         if test_loss < best_loss:
             best, best_loss, best_epoch = copy.deepcopy(agent.state_dict()), test_loss, epoch
@@ -450,29 +458,29 @@ def gaussian_kl(p: Normal, q: Normal) -> torch.Tensor:
     return torch.distributions.kl_divergence(p, q).sum(-1)
 
 
-def ppo_update(args: Args, agent: Agent, reference: Agent, optimizer, batch: dict, train_actor: bool) -> dict[str, float]:
+def ppo_update(args: Args, agent: Agent, optimizer, batch: dict, train_actor: bool) -> dict[str, float]:
     """One PPO update (Schulman et al. 2017) on a flattened rollout: obs, z, actions, log_probs, mean, std, advantages, returns.
 
     The actor stops for this rollout when it has moved `step_kl` from the policy that acted. While its divergence from the
-    Learn policy `reference` exceeds `target_kl` it is only pulled back: Theorem 1's bound on how much of one pattern's
-    gradient reaches another rests on D_KL(pi_theta || pi_Learn) <= E.
+    Learn policy, whose mean actions are `learn_mean`, exceeds `target_kl` it is only pulled back: Theorem 1's bound on how much of
+    one pattern's gradient reaches another rests on D_KL(pi_theta || pi_Learn) <= E.
     """
     size = len(batch["obs"])
     logs: dict[str, list[float]] = {}
     acted = Normal(batch["mean"], batch["std"])
     for _ in range(args.update_epochs):
         for rows in torch.randperm(size).split(size // args.num_minibatches):
-            obs, z = batch["obs"][rows], batch["z"][rows]
-            value_loss = 0.5 * (agent.value(obs, z) - batch["returns"][rows]).square().mean()
+            features, z = agent.obs_encoder(batch["obs"][rows]), batch["z"][rows]
+            value_loss = 0.5 * (agent.value(features, z) - batch["returns"][rows]).square().mean()
             loss, row = value_loss, {"value_loss": value_loss.item()}
             if train_actor:
-                policy = agent.policy(obs, z)
+                policy = agent.policy(features, z)
                 log_ratio = policy.log_prob(batch["actions"][rows]).sum(-1) - batch["log_probs"][rows]
                 ratio = log_ratio.exp()
                 advantages = batch["advantages"][rows]
                 clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
                 policy_loss = -torch.min(advantages * ratio, advantages * clipped).mean()
-                strayed = gaussian_kl(policy, reference.policy(obs, z)).mean()
+                strayed = gaussian_kl(policy, Normal(batch["learn_mean"][rows], acted.scale[rows])).mean()
                 with torch.no_grad():
                     moved = gaussian_kl(policy, Normal(acted.loc[rows], acted.scale[rows])).mean().item()
                 row |= {
@@ -532,7 +540,7 @@ class Reinforce:
         agent.log_std.requires_grad_(False)
         self.optimizer = torch.optim.Adam(
             [
-                {"params": agent.actor.parameters(), "lr": args.actor_lr},
+                {"params": [*agent.obs_encoder.parameters(), *agent.actor.parameters()], "lr": args.actor_lr},
                 {"params": agent.critic.parameters(), "lr": args.critic_lr},
             ],
             eps=1e-5,
@@ -569,21 +577,23 @@ class Reinforce:
             agent.log_std.fill_(math.log(std))
             self.reference.log_std.fill_(math.log(std))
         shape = (args.num_steps, env.num_envs)
-        obs = torch.zeros(*shape, self.obs.shape[1])
-        next_obs, actions, means = torch.zeros_like(obs), torch.zeros(*shape, 7), torch.zeros(*shape, 7)
+        obs, next_obs = obs_buffer(args.num_steps, self.obs), obs_buffer(args.num_steps, self.obs)
+        actions, means = torch.zeros(*shape, 7), torch.zeros(*shape, 7)
         z = torch.zeros(shape, dtype=torch.long)
         log_probs, rewards, terminated, done, bonus = (torch.zeros(shape) for _ in range(5))
         lengths, log_k, began = [], math.log(len(self.alive)), time.perf_counter()
         for t in range(args.num_steps):
-            obs[t], z[t] = torch.as_tensor(self.obs), torch.as_tensor(self.z)
+            obs[t] = random_shift(to_tensor(self.obs))  # the policy acts on the shifted picture, so that the ratio is of one picture
+            z[t] = torch.as_tensor(self.z)
             with torch.no_grad():
-                policy = agent.policy(obs[t], z[t])
+                policy = agent.policy(agent.obs_encoder(obs[t]), z[t])
                 actions[t], means[t] = policy.sample(), policy.mean
                 log_probs[t] = policy.log_prob(actions[t]).sum(-1)
             self.obs, reward, term, trunc, info = env.step(actions[t].clamp(-1, 1).numpy())
             ended = term | trunc
-            followed = np.where(ended[:, None], info["final_obs"], self.obs) if ended.any() else self.obs
-            next_obs[t] = torch.as_tensor(followed)
+            next_obs[t] = to_tensor(self.obs)
+            if ended.any():
+                next_obs[t, ended] = to_tensor(info["final_obs"])[ended]
             rewards[t], terminated[t], done[t] = (torch.as_tensor(x.astype(np.float32)) for x in (reward, term, ended))
             if args.mi_coef:
                 with torch.no_grad():  # r_div = log q(z|s) - log p(z)
@@ -598,22 +608,25 @@ class Reinforce:
         rollout_seconds, began = time.perf_counter() - began, time.perf_counter()
 
         rewards += args.mi_coef * bonus
+        obs, z = obs.flatten(0, 1), z.flatten()
         with torch.no_grad():
-            values = agent.value(obs.flatten(0, 1), z.flatten()).reshape(shape)
-            next_values = agent.value(next_obs.flatten(0, 1), z.flatten()).reshape(shape)
+            values = agent.value(agent.obs_encoder(obs), z).reshape(shape)
+            next_values = agent.value(agent.obs_encoder(next_obs.flatten(0, 1)), z).reshape(shape)
+            learn_means = self.reference.policy(self.reference.obs_encoder(obs), z).mean
         advantages = gae(rewards, values, next_values, terminated, done, args.gamma, args.gae_lambda)
         returns = (advantages + values).flatten()
         batch = {
-            "obs": obs.flatten(0, 1),
-            "z": z.flatten(),
+            "obs": obs,
+            "z": z,
             "actions": actions.flatten(0, 1),
             "log_probs": log_probs.flatten(),
             "mean": means.flatten(0, 1),
+            "learn_mean": learn_means,
             "std": torch.full_like(means.flatten(0, 1), std),
-            "advantages": normalise_per_pattern(advantages.flatten(), z.flatten()),
+            "advantages": normalise_per_pattern(advantages.flatten(), z),
             "returns": returns,
         }
-        losses = ppo_update(args, agent, self.reference, self.optimizer, batch, train_actor=self.iteration >= args.critic_warmup)
+        losses = ppo_update(args, agent, self.optimizer, batch, train_actor=self.iteration >= args.critic_warmup)
         if args.mi_coef and args.mi_encoder == "onpolicy":
             for rows in torch.randperm(len(returns)).split(512):
                 loss = nn.functional.nll_loss(self.bonus_encoder(batch["obs"][rows]), batch["z"][rows])
@@ -696,7 +709,10 @@ def main() -> None:
     began, progress = time.time(), Progress()
     task = load_task(args.task, args.assets)
     progress.say(f"task {task.id}: {task.language}")
-    renderer = rollout.find_renderer(args.videos, progress)
+    renderer, videos = rollout.find_renderer(args.obs, args.videos, progress)
+    sees = {"obs": args.obs, "image_size": args.image_size}
+    train_env = make_env(task, args.num_envs, seed=args.seed, **sees)
+    eval_env = make_env(task, args.num_envs, seed=args.seed, **sees, autoreset_mode=AutoresetMode.DISABLED)
     demos, demo_source = rollout.load_demos(args.demos, task, args.num_demos, args.demo_noise, args.seed, progress)
     needed = 4 if args.num_patterns == "auto" else args.num_patterns
     if len(demos) < needed:
@@ -715,11 +731,9 @@ def main() -> None:
         progress.say(f"resuming after stage {checkpoint['stage']!r}")
     progress.say(f"run folder {run}")
     writer = SummaryWriter(str(run))
-    train_env = make_env(task, args.num_envs, seed=args.seed)
-    eval_env = make_env(task, args.num_envs, seed=args.seed, autoreset_mode=AutoresetMode.DISABLED)
-    demo_obs = [observe_states(task, e.states) for e in demos]
+    demo_states = [observe_states(task, e.states) for e in demos]  # Discover's, whatever the policy sees
     layout = train_env.obs_layout
-    paths = np.stack([along_path(obs, layout, args.discover_points) for obs in demo_obs])
+    paths = np.stack([along_path(obs, layout, args.discover_points) for obs in demo_states])
 
     def save(stage: str, **content) -> None:
         nonlocal began
@@ -744,7 +758,7 @@ def main() -> None:
         save("discover", num_patterns=k, encoder=encoder.state_dict(), labels=labels)
     k = checkpoint["num_patterns"]
     labels = np.asarray(checkpoint["labels"])
-    encoder = PatternEncoder(demo_obs[0].shape[1], k).requires_grad_(False)
+    encoder = PatternEncoder(paths.shape[-1], k).requires_grad_(False)
     encoder.load_state_dict(checkpoint["encoder"])
     patterns = np.array([episode_pattern(rows) for rows in labels])
     alive = [int(z) for z in np.unique(patterns)]
@@ -756,15 +770,16 @@ def main() -> None:
 
     # 2. Learn
     torch.manual_seed(args.seed + 1)
-    agent = Agent(demo_obs[0].shape[1], k, args.hidden)
+    agent = Agent(make_obs_encoder(train_env.single_observation_space), k, args.hidden)
     if checkpoint["stage"] == "discover":
+        demo_obs = rollout.observe_demos(train_env, demos, progress)
         progress.stage("Learn", args.learn_epochs)
 
         def learn_tick(epoch: int, values: dict[str, float]) -> None:
             log(values, epoch)
             progress.update(1, f"held-out loss {values['learn/held_out_loss']:.2f}")
 
-        learn(args, agent, demo_obs, [e.actions for e in demos], label_states(args, encoder, demo_obs, labels), learn_tick)
+        learn(args, agent, demo_obs, [e.actions for e in demos], label_states(args, encoder, demo_states, labels), learn_tick)
         rows, _ = rollout.evaluate(eval_env, agent.act, alive, args.eval_episodes, progress, "evaluate Learn")
         save("learn", agent=agent.state_dict(), learn_success=[row["success_rate"] for row in rows])
     agent.load_state_dict(checkpoint["agent"])
@@ -810,7 +825,8 @@ def main() -> None:
     history = np.array([[0.0] + [np.nan] * k, *checkpoint["history"]])
     history[0, 1 + np.array(alive)] = learn_success
     plots.plot_success(run / "figures" / "success.png", history[:, 0], history[:, 1:], [(0, "Reinforce")], task.language)
-    rollout.make_videos(run, task, corpus, renderer, progress)
+    if videos:
+        rollout.make_videos(run, task, corpus, renderer, progress)
     summary = {
         "task": task.id,
         "success_rate": success,

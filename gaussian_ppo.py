@@ -23,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -34,8 +35,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from common import metrics, plots, rollout
 from common.cli import UserError, run_command
-from common.env import LiberoVectorEnv, make_env, observe_states
-from common.networks import Normalizer, mlp
+from common.env import LiberoVectorEnv, make_env
+from common.networks import Normalizer, PixelEncoder, make_obs_encoder, mlp, random_shift
+from common.observations import join, obs_buffer, to_tensor
 from common.runs import Progress, load_checkpoint, make_run, resumed_args, save_checkpoint, versions, write_json
 from common.tasks import load_task
 
@@ -62,6 +64,10 @@ class Args:
     """PPO iterations between checkpoints: what a kill can lose at most"""
     videos: bool = True
     """a video, where pictures can be rendered"""
+    obs: Literal["state", "pixels"] = "state"
+    """what the policy sees: the simulator's state, or the third-person picture and proprioception"""
+    image_size: int = 84
+    """pixels of a picture's side"""
 
     # Demonstrations
     demos: str = "auto"
@@ -86,7 +92,7 @@ class Args:
     """width of the hidden layers"""
 
     # Reinforce
-    total_steps: int = 200_000
+    total_steps: int = 300_000
     """environment steps of PPO"""
     num_steps: int = 128
     """steps an environment takes between updates"""
@@ -128,6 +134,7 @@ def validate(args: Args) -> None:
     counts += " total_steps num_steps update_epochs num_minibatches eval_episodes corpus_episodes"
     rules = [
         (lambda v: v >= 1, "at least 1", counts),
+        (lambda v: 32 <= v <= 512, "between 32 and 512", "image_size"),
         (lambda v: v > 0, "more than 0", "learn_lr actor_lr critic_lr clip_coef max_grad_norm step_kl"),
         (lambda v: 0.02 <= v <= 1.5, "between 0.02 and 1.5", "std_start std_end"),  # what Agent.policy clamps to, at least
         (lambda v: 0 <= v < math.inf, "at least 0", "seed demo_noise learn_noise learn_patience critic_warmup"),
@@ -147,61 +154,62 @@ def validate(args: Args) -> None:
 class Agent(nn.Module):
     """pi_theta(a | s), a diagonal Gaussian, and V(s). The gripper is an action dimension of which LIBERO takes the sign."""
 
-    def __init__(self, obs_size: int, hidden: int, action_size: int = 7):
+    def __init__(self, obs_encoder: Normalizer | PixelEncoder, hidden: int, action_size: int = 7):
         super().__init__()
-        self.normalizer = Normalizer(obs_size)
-        self.actor = mlp([obs_size, hidden, hidden, hidden, action_size], out_std=0.01)
-        self.critic = mlp([obs_size, hidden, hidden, 1], out_std=1.0)
+        self.obs_encoder = obs_encoder  # observations -> features (N, size)
+        self.actor = mlp([obs_encoder.size, hidden, hidden, hidden, action_size], out_std=0.01)
+        self.critic = mlp([obs_encoder.size, hidden, hidden, 1], out_std=1.0)
         self.log_std = nn.Parameter(torch.full((action_size,), -1.6))  # learned by Learn, scheduled by Reinforce
 
-    def policy(self, obs: torch.Tensor) -> Normal:
-        """obs (N, obs_size) -> distribution of actions (N, 7)."""
-        mean = self.actor(self.normalizer(obs))
+    def policy(self, features: torch.Tensor) -> Normal:
+        """features (N, size) -> distribution of actions (N, 7)."""
+        mean = self.actor(features)
         return Normal(mean, self.log_std.clamp(-4.0, 0.5).exp().expand_as(mean))
 
     @torch.no_grad()
-    def act(self, obs: np.ndarray, patterns: np.ndarray) -> np.ndarray:
+    def act(self, obs: np.ndarray | dict, patterns: np.ndarray) -> np.ndarray:
         """The mean action of each environment, (N, 7) in [-1, 1]. `patterns`, which `common.rollout` commands, has no meaning here."""
-        return self.policy(torch.as_tensor(obs)).mean.clamp(-1, 1).numpy()
+        return self.policy(self.obs_encoder(to_tensor(obs))).mean.clamp(-1, 1).numpy()
 
-    def value(self, obs: torch.Tensor) -> torch.Tensor:
-        return self.critic(self.normalizer(obs)).squeeze(-1)
+    def value(self, features: torch.Tensor) -> torch.Tensor:
+        """V of features (N, size), (N,). It reads the policy's features and doesn't train them: that would move the policy."""
+        return self.critic(features.detach()).squeeze(-1)
 
 
 # ---------------------------------------------------------------------------------------------- Learn
 
 
-def learn(args: Args, agent: Agent, demos: list[np.ndarray], actions: list[np.ndarray], tick: Callable):
-    """Behaviour cloning: maximise log pi(a | s) on demonstrations, observations (T_i, obs_size) and actions (T_i, 7).
+def learn(args: Args, agent: Agent, demos: list[np.ndarray | dict], actions: list[np.ndarray], tick: Callable):
+    """Behaviour cloning: maximise log pi(a | s) on demonstrations, observations (T_i, ...) and actions (T_i, 7).
 
     A tenth of the episodes is held out; the weights of the best held-out loss are kept, and training stops after
     `learn_patience` epochs without a better one. `tick(epoch, losses)` is called after each epoch.
     """
     torch.manual_seed(args.seed + 1)
-    agent.normalizer.fit(np.concatenate(demos))
+    agent.obs_encoder.fit(join(demos))
     held_out = np.arange(len(demos)) < (max(1, len(demos) // 10) if len(demos) > 1 else 0)
 
     def tensors(mask):
-        chosen = [(o, a) for o, a, m in zip(demos, actions, mask, strict=True) if m]
-        return [torch.as_tensor(np.concatenate(column), dtype=torch.float32) for column in zip(*chosen, strict=True)]
+        obs, act = zip(*[(o, a) for o, a, m in zip(demos, actions, mask, strict=True) if m], strict=True)
+        return join(obs), join(act).float()
 
     obs, act = tensors(~held_out)
     test_obs, test_act = tensors(held_out if held_out.any() else ~held_out)  # a single demonstration
-    optimizer = torch.optim.Adam([*agent.actor.parameters(), agent.log_std], lr=args.learn_lr)
+    optimizer = torch.optim.Adam([*agent.obs_encoder.parameters(), *agent.actor.parameters(), agent.log_std], lr=args.learn_lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.learn_epochs, eta_min=args.learn_lr / 20)
     best, best_loss, best_epoch = copy.deepcopy(agent.state_dict()), math.inf, 0
     for epoch in range(args.learn_epochs):
         total = 0.0
         for batch in torch.randperm(len(obs)).split(args.learn_batch):
-            noisy = obs[batch] + args.learn_noise * agent.normalizer.std * torch.randn_like(obs[batch])
-            loss = -agent.policy(noisy).log_prob(act[batch]).sum(-1).mean()
+            features = agent.obs_encoder(agent.obs_encoder.augment(obs[batch], args.learn_noise))
+            loss = -agent.policy(features).log_prob(act[batch]).sum(-1).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             total += loss.item() * len(batch)
         schedule.step()
         with torch.no_grad():
-            test_loss = -agent.policy(test_obs).log_prob(test_act).sum(-1).mean().item()
+            test_loss = -agent.policy(agent.obs_encoder(test_obs)).log_prob(test_act).sum(-1).mean().item()
         tick(epoch, {"learn/train_loss": total / len(obs), "learn/held_out_loss": test_loss})
         if test_loss < best_loss:
             best, best_loss, best_epoch = copy.deepcopy(agent.state_dict()), test_loss, epoch
@@ -231,29 +239,29 @@ def gaussian_kl(p: Normal, q: Normal) -> torch.Tensor:
     return torch.distributions.kl_divergence(p, q).sum(-1)
 
 
-def ppo_update(args: Args, agent: Agent, reference: Agent, optimizer, batch: dict, train_actor: bool) -> dict[str, float]:
+def ppo_update(args: Args, agent: Agent, optimizer, batch: dict, train_actor: bool) -> dict[str, float]:
     """One PPO update (Schulman et al. 2017) on a flattened rollout: obs, actions, log_probs, mean, std, advantages, returns.
 
     The actor stops for this rollout when it has moved `step_kl` from the policy that acted. How far it has come from the Learn
-    policy `reference` is only logged.
+    policy, whose mean actions are `learn_mean`, is only logged.
     """
     size = len(batch["obs"])
     logs: dict[str, list[float]] = {}
     acted = Normal(batch["mean"], batch["std"])
     for _ in range(args.update_epochs):
         for rows in torch.randperm(size).split(size // args.num_minibatches):
-            obs = batch["obs"][rows]
-            value_loss = 0.5 * (agent.value(obs) - batch["returns"][rows]).square().mean()
+            features = agent.obs_encoder(batch["obs"][rows])
+            value_loss = 0.5 * (agent.value(features) - batch["returns"][rows]).square().mean()
             loss, row = value_loss, {"value_loss": value_loss.item()}
             if train_actor:
-                policy = agent.policy(obs)
+                policy = agent.policy(features)
                 log_ratio = policy.log_prob(batch["actions"][rows]).sum(-1) - batch["log_probs"][rows]
                 ratio = log_ratio.exp()
                 advantages = batch["advantages"][rows]
                 clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
                 policy_loss = -torch.min(advantages * ratio, advantages * clipped).mean()
                 with torch.no_grad():
-                    strayed = gaussian_kl(policy, reference.policy(obs)).mean()
+                    strayed = gaussian_kl(policy, Normal(batch["learn_mean"][rows], acted.scale[rows])).mean()
                     moved = gaussian_kl(policy, Normal(acted.loc[rows], acted.scale[rows])).mean().item()
                 row |= {
                     "policy_loss": policy_loss.item(),
@@ -283,7 +291,7 @@ class Reinforce:
         agent.log_std.requires_grad_(False)
         self.optimizer = torch.optim.Adam(
             [
-                {"params": agent.actor.parameters(), "lr": args.actor_lr},
+                {"params": [*agent.obs_encoder.parameters(), *agent.actor.parameters()], "lr": args.actor_lr},
                 {"params": agent.critic.parameters(), "lr": args.critic_lr},
             ],
             eps=1e-5,
@@ -304,40 +312,44 @@ class Reinforce:
             agent.log_std.fill_(math.log(std))
             self.reference.log_std.fill_(math.log(std))
         shape = (args.num_steps, env.num_envs)
-        obs = torch.zeros(*shape, self.obs.shape[1])
-        next_obs, actions, means = torch.zeros_like(obs), torch.zeros(*shape, 7), torch.zeros(*shape, 7)
+        obs, next_obs = obs_buffer(args.num_steps, self.obs), obs_buffer(args.num_steps, self.obs)
+        actions, means = torch.zeros(*shape, 7), torch.zeros(*shape, 7)
         log_probs, rewards, terminated, done = (torch.zeros(shape) for _ in range(4))
         lengths, began = [], time.perf_counter()
         for t in range(args.num_steps):
-            obs[t] = torch.as_tensor(self.obs)
+            obs[t] = random_shift(to_tensor(self.obs))  # the policy acts on the shifted picture, so that the ratio is of one picture
             with torch.no_grad():
-                policy = agent.policy(obs[t])
+                policy = agent.policy(agent.obs_encoder(obs[t]))
                 actions[t], means[t] = policy.sample(), policy.mean
                 log_probs[t] = policy.log_prob(actions[t]).sum(-1)
             self.obs, reward, term, trunc, info = env.step(actions[t].clamp(-1, 1).numpy())
             ended = term | trunc
-            followed = np.where(ended[:, None], info["final_obs"], self.obs) if ended.any() else self.obs
-            next_obs[t] = torch.as_tensor(followed)
+            next_obs[t] = to_tensor(self.obs)
+            if ended.any():
+                next_obs[t, ended] = to_tensor(info["final_obs"])[ended]
             rewards[t], terminated[t], done[t] = (torch.as_tensor(x.astype(np.float32)) for x in (reward, term, ended))
             self.outcomes.extend(term[ended].astype(float))
             lengths += list(info["final_length"][ended]) if ended.any() else []
         rollout_seconds, began = time.perf_counter() - began, time.perf_counter()
 
+        obs = obs.flatten(0, 1)
         with torch.no_grad():
-            values = agent.value(obs.flatten(0, 1)).reshape(shape)
-            next_values = agent.value(next_obs.flatten(0, 1)).reshape(shape)
+            values = agent.value(agent.obs_encoder(obs)).reshape(shape)
+            next_values = agent.value(agent.obs_encoder(next_obs.flatten(0, 1))).reshape(shape)
+            learn_means = self.reference.policy(self.reference.obs_encoder(obs)).mean
         advantages = gae(rewards, values, next_values, terminated, done, args.gamma, args.gae_lambda)
         returns = (advantages + values).flatten()
         batch = {
-            "obs": obs.flatten(0, 1),
+            "obs": obs,
             "actions": actions.flatten(0, 1),
             "log_probs": log_probs.flatten(),
             "mean": means.flatten(0, 1),
+            "learn_mean": learn_means,
             "std": torch.full_like(means.flatten(0, 1), std),
             "advantages": ((advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-6)).flatten(),
             "returns": returns,
         }
-        losses = ppo_update(args, agent, self.reference, self.optimizer, batch, train_actor=self.iteration >= args.critic_warmup)
+        losses = ppo_update(args, agent, self.optimizer, batch, train_actor=self.iteration >= args.critic_warmup)
         self.iteration += 1
         settled = self.iteration * args.num_steps >= env.max_steps  # before that, only successes have had time to end
         success = float(np.mean(self.outcomes)) if self.outcomes and settled else math.nan
@@ -395,7 +407,10 @@ def main() -> None:
     began, progress = time.time(), Progress()
     task = load_task(args.task, args.assets)
     progress.say(f"task {task.id}: {task.language}")
-    renderer = rollout.find_renderer(args.videos, progress)
+    renderer, videos = rollout.find_renderer(args.obs, args.videos, progress)
+    sees = {"obs": args.obs, "image_size": args.image_size}
+    train_env = make_env(task, args.num_envs, seed=args.seed, **sees)
+    eval_env = make_env(task, args.num_envs, seed=args.seed, **sees, autoreset_mode=AutoresetMode.DISABLED)
     demos, demo_source = rollout.load_demos(args.demos, task, args.num_demos, args.demo_noise, args.seed, progress)
     checkpoint = {"script": "gaussian_ppo", "task": task.id, "stage": "start", "seconds": 0.0}
     if run is None:
@@ -410,9 +425,6 @@ def main() -> None:
         progress.say(f"resuming after stage {checkpoint['stage']!r}")
     progress.say(f"run folder {run}")
     writer = SummaryWriter(str(run))
-    train_env = make_env(task, args.num_envs, seed=args.seed)
-    eval_env = make_env(task, args.num_envs, seed=args.seed, autoreset_mode=AutoresetMode.DISABLED)
-    demo_obs = [observe_states(task, e.states) for e in demos]
 
     def save(stage: str, **content) -> None:
         nonlocal began
@@ -426,8 +438,9 @@ def main() -> None:
 
     # 1. Learn
     torch.manual_seed(args.seed + 1)
-    agent = Agent(demo_obs[0].shape[1], args.hidden)
+    agent = Agent(make_obs_encoder(train_env.single_observation_space), args.hidden)
     if checkpoint["stage"] == "start":
+        demo_obs = rollout.observe_demos(train_env, demos, progress)
         progress.stage("Learn", args.learn_epochs)
 
         def learn_tick(epoch: int, values: dict[str, float]) -> None:
@@ -473,7 +486,8 @@ def main() -> None:
     rollout.plot_corpus(run, task, features, patterns, distances)
     history = np.array([[0.0, learn_success], *checkpoint["history"]])
     plots.plot_success(run / "figures" / "success.png", history[:, 0], history[:, 1:], [(0, "Reinforce")], task.language)
-    rollout.make_videos(run, task, corpus, renderer, progress)
+    if videos:
+        rollout.make_videos(run, task, corpus, renderer, progress)
     summary = {
         "task": task.id,
         "success_rate": success,

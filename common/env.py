@@ -465,8 +465,8 @@ class LiberoVectorEnv(VectorEnv):
     `max_steps` truncates. `reset` starts from a training state, or from the official init states in
     `options={"init_state": indices}`, runs `settle_steps` no-ops, and then observes.
 
-    Autoreset is gymnasium's SAME_STEP (the observation is the next episode's first, `info["final_obs"]` the last one's) or
-    DISABLED (`options={"reset_mask": mask}` resets some).
+    Autoreset is gymnasium's SAME_STEP (the observation is the next episode's first, `info["final_obs"]` the last one's,
+    `info["final_states"]` its state) or DISABLED (`options={"reset_mask": mask}` resets some).
     """
 
     def __init__(
@@ -549,6 +549,7 @@ class LiberoVectorEnv(VectorEnv):
         done = terminated | truncated
         if done.any() and self.autoreset_mode == AutoresetMode.SAME_STEP:
             info = {"final_obs": observations.copy(), "_final_obs": done.copy(), "final_length": self._elapsed.copy()}
+            info["final_states"] = self.get_state()
             self._reset(np.flatnonzero(done), None)
             for i in np.flatnonzero(done):
                 observations[i] = self.observe(self.data[i])
@@ -701,21 +702,34 @@ def make_env(
     backend: str = "cpu",
     seed: int | None = None,
     device: str | None = None,
+    image_size: int = 84,
+    cameras: Sequence[str] = ("agentview",),
+    renderer: str = "warp",
     **kwargs,
 ) -> VectorEnv:
     """Make a vector environment of a LIBERO task (a `Task` or a task id).
 
     Args:
+        obs: "state", float32 vectors (see `StateObservation`), or "pixels", a Dict of pictures and proprioception (see
+            `common.observations.PixelObservation`); image_size (pixels), cameras and renderer are of these pictures.
         backend: "cpu" (`LiberoVectorEnv`), "warp" (`common.warp_env.LiberoWarpEnv`, on `device`) or "auto" (see `choose_backend`).
         device: of "warp", default the first GPU.
         kwargs: as in the class.
     """
-    if obs != "state":
-        raise UserError(f"make_env offers obs='state' so far, not obs={obs!r}")
+    if obs not in ("state", "pixels"):
+        raise UserError(f"obs must be 'state' or 'pixels', not {obs!r}")
     backend = choose_backend(backend, num_envs, device)
+    if obs == "pixels" and backend == "warp":
+        raise UserError("obs='pixels' needs backend='cpu' so far")
     task = load_task(task) if isinstance(task, str) else task
     if backend == "cpu":
-        return LiberoVectorEnv(task, num_envs, seed, **kwargs)
-    from common.warp_env import LiberoWarpEnv
+        env = LiberoVectorEnv(task, num_envs, seed, **kwargs)
+    else:
+        from common.warp_env import LiberoWarpEnv
 
-    return LiberoWarpEnv(task, num_envs, seed, device=device, **kwargs)
+        env = LiberoWarpEnv(task, num_envs, seed, device=device, **kwargs)
+    if obs == "state":
+        return env
+    from common.observations import PixelEnv  # it needs this module, and a renderer
+
+    return PixelEnv(env, image_size, cameras, renderer)

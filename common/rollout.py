@@ -11,11 +11,12 @@ from common import metrics, plots
 from common.cli import UserError
 from common.data import Episode, Recorder, read_episodes, write_episodes
 from common.env import LiberoVectorEnv, StateObservation, observe_states
+from common.observations import PixelEnv
 from common.runs import Progress, versions
 from common.tasks import Task, find_human_demos
 
-# Observations (N, obs_size), patterns (N,) -> actions (N, 7). A policy that remembers (that is amid a chunk of actions) also has
-# `begin(envs)`, which is called as new episodes begin in the environments `envs` (n,).
+# Observations (as the environment returns them), patterns (N,) -> actions (N, 7). A policy that remembers (that is amid a chunk of
+# actions) also has `begin(envs)`, which is called as new episodes begin in the environments `envs` (n,).
 Policy = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -37,6 +38,18 @@ def load_demos(demos: str, task: Task, num_demos: int, noise: float, seed: int, 
         raise UserError(f"{path} holds no successful demonstration to learn from")
     progress.say(f"demonstrations: {len(episodes)} from {path}")
     return episodes, str(path)
+
+
+def observe_demos(env: LiberoVectorEnv, demos: Sequence[Episode], progress: Progress) -> list:
+    """What the environment would have returned before each action: for each episode (T, obs_size) states, or a dict of (T, ...) arrays."""
+    if not isinstance(env, PixelEnv):
+        return [observe_states(env.task, e.states) for e in demos]
+    progress.stage("pictures of the demonstrations", len(demos))
+    seen = []
+    for episode in demos:
+        seen.append(env.pixels(episode.states))
+        progress.update(1)
+    return seen
 
 
 def roll_out(env: LiberoVectorEnv, policy: Policy, jobs: Sequence[tuple[int, int]], tick: Callable[[Episode], None]) -> list[Episode]:
@@ -144,22 +157,24 @@ def plot_corpus(run: Path, task: Task, features: list[np.ndarray], patterns: Seq
     plots.plot_map(run / "figures" / "map.png", features, patterns, task.language)
 
 
-def find_renderer(wanted: bool, progress: Progress) -> str | None:
-    """The renderer that videos will come from, found before the work starts; None, with the reason said, if there is none."""
-    if not wanted:
-        return None
-    from common import render
+def find_renderer(obs: str, videos: bool, progress: Progress) -> tuple[str | None, bool]:
+    """The renderer that pictures will come from (None: there will be none), and whether videos can be made; before the work starts.
 
-    possible, reason = render.available()
-    if not possible:
-        progress.say(f"no videos: {reason}")
-    return "warp" if possible else None
+    If `videos` are wanted and not possible, the reason is said. Pictures that the policy is to see are not up to choice:
+    `make_env` raises UserError where they are not possible.
+    """
+    possible = False
+    if videos:
+        from common import render
+
+        possible, reason = render.available()
+        if not possible:
+            progress.say(f"no videos: {reason}")
+    return "warp" if possible or obs == "pixels" else None, possible
 
 
-def make_videos(run: Path, task: Task, corpus: list[Episode], renderer: str | None, progress: Progress) -> None:
+def make_videos(run: Path, task: Task, corpus: list[Episode], renderer: str, progress: Progress) -> None:
     """RUN/videos/pattern_K.mp4: the first successful trajectory of each pattern, seen by agentview."""
-    if renderer is None:
-        return
     from common import render
 
     chosen = {e.attrs["pattern"]: e for e in reversed(corpus)}

@@ -17,6 +17,7 @@ import gaussian_ppo
 from common import rollout
 from common.data import Episode
 from common.env import make_env
+from common.networks import Normalizer
 from common.runs import load_checkpoint, save_checkpoint
 from diffusion_ppo import Agent, Args, Chain, ChunkPolicy, Reinforce, cosine_alpha_bar, gae, log_prob
 
@@ -110,7 +111,7 @@ def small_args(**changes) -> Args:
 
 def random_agent(args, obs_size=4, seed=0) -> Agent:
     torch.manual_seed(seed)
-    agent = Agent(args, obs_size)
+    agent = Agent(args, Normalizer(obs_size))
     with torch.no_grad():
         for net in (agent.actor, agent.base):  # other opinions than zero, and not the same
             for p in net.parameters():
@@ -171,7 +172,7 @@ def test_base_is_evaluated_only_where_a_step_uses_it(monkeypatch):
     agent, calls = random_agent(small_args(finetune_steps=2)), []
     for name in ("base", "actor"):  # each encodes the observations once, however many steps it takes
         net = getattr(agent, name)
-        monkeypatch.setattr(net, "encode", lambda obs, net=net, name=name: (calls.append(name), net.encoder(obs))[1])
+        monkeypatch.setattr(net, "encode", lambda obs, net=net, name=name: (calls.append(name), net.film(obs))[1])
     agent.denoise(torch.zeros(3, 4), 0.1)
     assert calls == ["base", "actor"]
 
@@ -209,7 +210,7 @@ def test_ema_by_hand():
 
 
 def test_denoising_loss_is_one_for_a_network_that_says_nothing_and_zero_for_one_that_knows():
-    agent = Agent(small_args(), 4)
+    agent = Agent(small_args(), Normalizer(4))
     torch.manual_seed(0)
     obs, chunks, eps, level = torch.zeros(500, 4), torch.rand(500, 14) - 0.5, torch.randn(500, 14), torch.randint(1, 7, (500,))
     kept = cosine_alpha_bar(6).float()[level][:, None]
@@ -241,7 +242,7 @@ def test_learn_recovers_both_modes_of_the_demonstrations():
         actions.append(a)
     args = small_args(chunk=1, execute=1, denoising_steps=16, hidden=64, learn_epochs=150, learn_batch=128, ema_decay=0.98)
     torch.manual_seed(0)
-    agent, seen = Agent(args, 2), []
+    agent, seen = Agent(args, Normalizer(2)), []
     critic = weights(agent.critic)
     diffusion_ppo.learn(args, agent, demos, actions, lambda epoch, row: seen.append(row["learn/held_out_loss"]))
     assert same(weights(agent.critic), critic) and same(weights(agent.base), weights(agent.actor))
@@ -254,7 +255,7 @@ def test_learn_recovers_both_modes_of_the_demonstrations():
     assert ((sample[:, 1] - 0.5 * obs[:, 0].tanh()) ** 2).mean() < 0.02  # of a variance of 0.09
     sure = obs[:, 1].abs() > 0.3
     assert (sample[sure, 6].sign() == obs[sure, 1].sign()).float().mean() > 0.95  # the gripper
-    gaussian = gaussian_ppo.Agent(2, 64)  # what a Gaussian policy makes of them
+    gaussian = gaussian_ppo.Agent(Normalizer(2), 64)  # what a Gaussian policy makes of them
     settings = gaussian_ppo.Args(hidden=64, learn_epochs=30, learn_batch=128)
     gaussian_ppo.learn(settings, gaussian, demos, actions, lambda *_: None)
     assert np.abs(gaussian.act(obs.numpy(), None)[:, 0]).mean() < 0.4
@@ -265,7 +266,7 @@ def test_learn_keeps_the_average_of_the_best_epoch():
     demos = [rng.normal(size=(20, 2)).astype(np.float32) for _ in range(4)]
     actions = [rng.uniform(-1, 1, size=(20, 7)) for _ in demos]  # nothing to learn: it overfits
     args = small_args(learn_epochs=200, learn_patience=5, learn_batch=16)
-    agent, seen = Agent(args, 2), []
+    agent, seen = Agent(args, Normalizer(2)), []
     diffusion_ppo.learn(args, agent, demos, actions, lambda epoch, row: seen.append((row["learn/held_out_loss"], weights(agent.actor))))
     losses = [loss for loss, _ in seen]
     best = int(np.argmin(losses))
@@ -409,7 +410,7 @@ def learned() -> Agent:
     """The Learn policy of the plane, which sometimes hits its goal."""
     args = small_args()
     torch.manual_seed(0)
-    agent = Agent(args, 4)
+    agent = Agent(args, Normalizer(4))
     diffusion_ppo.learn(args, agent, *walks(), lambda *_: None)
     return agent
 
@@ -417,7 +418,7 @@ def learned() -> Agent:
 def make_trainer(learned, env=None, **changes) -> tuple[Reinforce, Plane]:
     torch.manual_seed(0)
     env, args = env or Plane(), small_args(**changes)
-    agent = Agent(args, 4)  # the learned weights, also where fewer steps are trained
+    agent = Agent(args, Normalizer(4))  # the learned weights, also where fewer steps are trained
     state = {name: value for name, value in learned.state_dict().items() if not name.startswith("chain.")}
     agent.load_state_dict(agent.state_dict() | copy.deepcopy(state))
     return Reinforce(args, env, agent), env

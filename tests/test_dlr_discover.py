@@ -27,6 +27,7 @@ import dlr_discover
 from common import demonstrator, metrics
 from common.cli import UserError, run_command
 from common.data import Episode, check_file, read_attrs, read_episodes
+from common.networks import Normalizer
 from common.runs import load_checkpoint, save_checkpoint, versions, write_json
 from dlr_discover import Agent, Args, Curriculum, PatternEncoder, Reinforce, StateDecoder, elbo, gae, gaussian_kl
 
@@ -239,7 +240,7 @@ def linear_demos(number, patterns=3, seed=0, noise=0.02):
 def test_learn_recovers_a_linear_policy_of_each_pattern():
     demos, actions, labels, coefficients = linear_demos(90)
     args = Args(hidden=64, learn_epochs=60, learn_batch=128, learn_lr=2e-3, learn_patience=60)
-    agent, critic = Agent(6, 3, 64), None
+    agent, critic = Agent(Normalizer(6), 3, 64), None
     critic = weights(agent.critic)
     dlr_discover.learn(args, agent, demos, actions, labels, lambda *_: None)
     assert same(weights(agent.critic), critic)  # the value function is Reinforce's
@@ -247,7 +248,7 @@ def test_learn_recovers_a_linear_policy_of_each_pattern():
     with torch.no_grad():
         for z in range(3):
             truth = obs @ coefficients[z]
-            mean = agent.policy(torch.as_tensor(obs), torch.full((500,), z)).mean.numpy()
+            mean = agent.policy(agent.obs_encoder(torch.as_tensor(obs)), torch.full((500,), z)).mean.numpy()
             assert ((mean - truth) ** 2).mean() < 0.02 * (truth**2).mean()
             np.testing.assert_array_equal(agent.act(obs, np.full(500, z)), mean.clip(-1, 1))
 
@@ -257,14 +258,14 @@ def held_out_loss(agent, demos, actions, labels, chosen) -> float:
     obs, act = (torch.as_tensor(np.concatenate([x[i] for i in chosen]), dtype=torch.float32) for x in (demos, actions))
     z = torch.as_tensor(np.concatenate([labels[i] for i in chosen]))
     with torch.no_grad():
-        policy = agent.policy(obs, z)
+        policy = agent.policy(agent.obs_encoder(obs), z)
         return -MultivariateNormal(policy.mean, torch.diag_embed(policy.stddev**2)).log_prob(act).mean().item()
 
 
 def test_learn_stops_early_and_keeps_the_best_weights():
     demos, actions, labels, _ = linear_demos(20, patterns=2, noise=0.5)  # little data, much noise: it overfits
     args = Args(hidden=64, learn_epochs=300, learn_batch=64, learn_lr=3e-3, learn_patience=7)
-    agent, seen = Agent(6, 2, 64), []
+    agent, seen = Agent(Normalizer(6), 2, 64), []
     dlr_discover.learn(args, agent, demos, actions, labels, lambda epoch, row: seen.append((epoch, row, weights(agent))))
     losses = [row["learn/held_out_loss"] for _, row, _ in seen]
     best = int(np.argmin(losses))
@@ -277,7 +278,7 @@ def test_learn_stops_early_and_keeps_the_best_weights():
 
 def test_learn_with_one_demonstration_a_pattern():
     demos, actions, labels, _ = linear_demos(3, patterns=3)
-    agent = Agent(6, 3, 16)
+    agent = Agent(Normalizer(6), 3, 16)
     before = weights(agent)
     dlr_discover.learn(Args(hidden=16, learn_epochs=5), agent, demos, actions, labels, lambda *_: None)
     assert not same(weights(agent), before)
@@ -301,7 +302,7 @@ def test_advantages_are_normalised_within_each_pattern():
 
 def test_policy_and_kl_are_those_of_a_multivariate_normal():
     torch.manual_seed(0)
-    agent, other = Agent(6, 3, 16), Agent(6, 3, 16)
+    agent, other = Agent(Normalizer(6), 3, 16), Agent(Normalizer(6), 3, 16)
     with torch.no_grad():
         for a in (agent, other):
             a.log_std.copy_(torch.linspace(-5.0, 1.0, 7) + 0.1 * torch.randn(7))  # beyond both limits
@@ -416,7 +417,7 @@ def learned() -> Agent:
     args = plane_args()
     obs, actions, labels, _ = walks(args)
     torch.manual_seed(0)
-    agent = Agent(6, 2, args.hidden)
+    agent = Agent(Normalizer(6), 2, args.hidden)
     dlr_discover.learn(args, agent, obs, actions, labels, lambda *_: None)
     return agent
 
@@ -451,7 +452,8 @@ def policies_of(trainer) -> tuple[Normal, Normal]:
     rng = np.random.default_rng(3)
     obs, z = torch.as_tensor(rng.normal(size=(200, 6)).astype(np.float32)), torch.as_tensor(rng.integers(0, 2, 200))
     with torch.no_grad():
-        return trainer.agent.policy(obs, z), trainer.reference.policy(obs, z)
+        agent, reference = trainer.agent, trainer.reference
+        return agent.policy(agent.obs_encoder(obs), z), reference.policy(reference.obs_encoder(obs), z)
 
 
 def test_critic_warmup_leaves_the_policy_alone(learned):

@@ -21,6 +21,7 @@ import gaussian_ppo
 from common.cli import UserError, run_command
 from common.data import check_file, read_attrs, read_episodes
 from common.env import make_env
+from common.networks import Normalizer
 from common.runs import load_checkpoint, save_checkpoint, versions, write_json
 from gaussian_ppo import Agent, Args, Reinforce, gaussian_kl
 
@@ -85,14 +86,14 @@ def linear_demos(number, seed=0, noise=0.02):
 
 def test_learn_recovers_a_linear_policy_and_its_noise():
     demos, actions, coefficients = linear_demos(60, noise=0.15)
-    agent = Agent(6, 64)
+    agent = Agent(Normalizer(6), 64)
     critic = weights(agent.critic)
     args = Args(hidden=64, learn_epochs=60, learn_batch=128, learn_lr=2e-3, learn_patience=60)
     gaussian_ppo.learn(args, agent, demos, actions, lambda *_: None)
     assert same(weights(agent.critic), critic)  # the value function is Reinforce's
     obs = np.random.default_rng(9).normal(size=(500, 6)).astype(np.float32)
     with torch.no_grad():
-        policy = agent.policy(torch.as_tensor(obs))
+        policy = agent.policy(agent.obs_encoder(torch.as_tensor(obs)))
     truth = obs @ coefficients
     assert ((policy.mean.numpy() - truth) ** 2).mean() < 0.05 * (truth**2).mean()
     np.testing.assert_allclose(policy.stddev[0].numpy(), 0.15, rtol=0.15)
@@ -102,21 +103,21 @@ def test_learn_recovers_a_linear_policy_and_its_noise():
 def test_learn_stops_early_and_keeps_the_best_weights():
     demos, actions, _ = linear_demos(10, noise=0.5)  # little data, much noise: it overfits
     args = Args(hidden=64, learn_epochs=300, learn_batch=64, learn_lr=3e-3, learn_patience=7)
-    agent, seen = Agent(6, 64), []
+    agent, seen = Agent(Normalizer(6), 64), []
     gaussian_ppo.learn(args, agent, demos, actions, lambda epoch, row: seen.append((epoch, row, weights(agent))))
     losses = [row["learn/held_out_loss"] for _, row, _ in seen]
     best = int(np.argmin(losses))
     assert [epoch for epoch, _, _ in seen] == list(range(best + 1 + 7)) and len(seen) < 300
     assert same(weights(agent), seen[best][2]) and not same(weights(agent), seen[-1][2])
     with torch.no_grad():  # the first tenth of the ten episodes was held out
-        policy = agent.policy(torch.as_tensor(demos[0]))
+        policy = agent.policy(agent.obs_encoder(torch.as_tensor(demos[0])))
     held_out = -MultivariateNormal(policy.mean, torch.diag_embed(policy.stddev**2)).log_prob(torch.as_tensor(actions[0])).mean()
     assert held_out.item() == pytest.approx(losses[best], rel=1e-4)
 
 
 def test_learn_with_one_demonstration():
     demos, actions, _ = linear_demos(1)
-    agent = Agent(6, 16)
+    agent = Agent(Normalizer(6), 16)
     before = weights(agent)
     gaussian_ppo.learn(Args(hidden=16, learn_epochs=5), agent, demos, actions, lambda *_: None)
     assert not same(weights(agent), before)
@@ -169,7 +170,7 @@ def test_gae_is_the_discounted_sum_of_deltas(gae):
 
 def test_policy_and_kl_are_those_of_a_multivariate_normal():
     torch.manual_seed(0)
-    agent, other = Agent(6, 16), Agent(6, 16)
+    agent, other = Agent(Normalizer(6), 16), Agent(Normalizer(6), 16)
     with torch.no_grad():
         for a in (agent, other):
             a.log_std.copy_(torch.linspace(-5.0, 1.0, 7) + 0.1 * torch.randn(7))  # beyond both limits
@@ -268,7 +269,7 @@ def plane_args(**changes) -> Args:
 def learned() -> Agent:
     """The Learn policy of the plane, which sometimes hits its goal."""
     torch.manual_seed(0)
-    agent = Agent(4, plane_args().hidden)
+    agent = Agent(Normalizer(4), plane_args().hidden)
     gaussian_ppo.learn(plane_args(), agent, *walks(), lambda *_: None)
     return agent
 
@@ -283,7 +284,8 @@ def policies_of(trainer) -> tuple[Normal, Normal]:
     """The policy and the Learn policy in the states of some walks."""
     obs = torch.as_tensor(np.concatenate(walks(20, seed=3)[0]))
     with torch.no_grad():
-        return trainer.agent.policy(obs), trainer.reference.policy(obs)
+        agent, reference = trainer.agent, trainer.reference
+        return agent.policy(agent.obs_encoder(obs)), reference.policy(reference.obs_encoder(obs))
 
 
 def test_first_minibatch_has_ratio_one_and_no_kl(learned):

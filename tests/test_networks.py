@@ -1,12 +1,16 @@
-"""Network pieces: orthogonal layers of the asked gain, and standardisation that travels with the weights."""
+"""Network pieces: orthogonal layers of the asked gain, standardisation that travels with the weights, and pixels."""
 
 from __future__ import annotations
 
+import gymnasium as gym
 import numpy as np
 import torch
 from torch import nn
 
-from common.networks import Normalizer, mlp
+from common.networks import Normalizer, PixelEncoder, ResNet18, make_obs_encoder, mlp, random_shift
+from common.observations import TensorDict
+
+torch.set_num_threads(1)
 
 
 def test_mlp_is_orthogonal_with_gain_and_linear_at_the_end():
@@ -33,3 +37,81 @@ def test_normalizer_standardises_clips_and_is_saved():
     other.load_state_dict(normalizer.state_dict())
     np.testing.assert_array_equal(other(torch.as_tensor(x)).numpy(), y)
     assert not list(normalizer.parameters())
+
+
+# ---------------------------------------------------------------------------------------------- pixels
+
+
+def pictures(number=3, size=40, seed=0) -> TensorDict:
+    torch.manual_seed(seed)
+    views = torch.randint(0, 256, (number, size, size, 3), dtype=torch.uint8)
+    return TensorDict({"agentview_rgb": views, "proprio": torch.randn(number, 9)})
+
+
+def pixel_space(size=40) -> gym.spaces.Dict:
+    proprio = gym.spaces.Box(-np.inf, np.inf, (9,), np.float32)
+    return gym.spaces.Dict({"agentview_rgb": gym.spaces.Box(0, 255, (size, size, 3), np.uint8), "proprio": proprio})
+
+
+def test_resnet18_has_the_papers_size_and_strides():
+    net = ResNet18()
+    # torchvision's ResNet-18 has 11,689,512 parameters, 513,000 of them in the classifier that is not here; norms have as many
+    assert sum(p.numel() for p in net.parameters()) == 11_689_512 - 513_000
+    assert len([m for m in net.modules() if isinstance(m, nn.Conv2d)]) == 17 + 3  # 17 layers, and the shortcuts that change shape
+    with torch.no_grad():
+        for size in (32, 40, 84):
+            cells = -(-size // 32)
+            assert net(torch.zeros(1, 3, size, size)).shape == (1, 512, cells, cells)
+
+
+def test_pixel_encoder_does_not_mix_the_batch():
+    torch.manual_seed(0)
+    encoder, obs = make_obs_encoder(pixel_space()), pictures(5)
+    assert isinstance(encoder, PixelEncoder) and encoder.size == 128 + 9
+    encoder.fit(TensorDict({"proprio": torch.full((8, 9), 2.0)}))
+    with torch.no_grad():
+        together = encoder(obs)
+        assert together.shape == (5, encoder.size)
+        for i in range(5):  # up to the order of sums: GroupNorm, not BatchNorm
+            torch.testing.assert_close(encoder(obs[i : i + 1])[0], together[i], atol=1e-4, rtol=1e-4)
+        encoder.PICTURES = 2  # in pieces
+        torch.testing.assert_close(encoder(obs), together, atol=1e-4, rtol=1e-4)
+    assert (together[1:] - together[:-1]).abs().max(-1).values.min() > 1e-2  # and it sees the pictures
+    torch.testing.assert_close(together[:, 128:], ((obs["proprio"] - 2.0) / 0.01).clamp(-10, 10))
+
+
+def test_states_need_no_encoder():
+    encoder = make_obs_encoder(gym.spaces.Box(-np.inf, np.inf, (7,), np.float32))
+    assert isinstance(encoder, Normalizer) and encoder.size == 7 and not list(encoder.parameters())
+
+
+def test_random_shift_moves_each_picture_and_repeats_its_edge():
+    obs, moves = pictures(40, size=12), set()
+    shifted = random_shift(obs, pad=2)
+    assert torch.equal(shifted["proprio"], obs["proprio"]) and shifted["agentview_rgb"].dtype == torch.uint8
+    for before, after in zip(obs["agentview_rgb"].numpy(), shifted["agentview_rgb"].numpy(), strict=True):
+        padded = np.pad(before, ((2, 2), (2, 2), (0, 0)), mode="edge")
+        crops = {(y, x): padded[y : y + 12, x : x + 12] for y in range(5) for x in range(5)}
+        found = [move for move, crop in crops.items() if np.array_equal(crop, after)]
+        assert len(found) == 1
+        moves.update(found)
+    assert len(moves) > 12  # of the 25 there are
+    states = torch.randn(3, 4)
+    before = torch.get_rng_state()
+    assert random_shift(states) is states and torch.equal(torch.get_rng_state(), before)
+
+
+def test_augment_adds_noise_in_standard_deviations():
+    torch.manual_seed(0)
+    normalizer = Normalizer(2).fit(np.array([[0.0, 10.0], [4.0, 30.0]]))  # standard deviations 2 and 10
+    x = torch.tensor([[1.0, -1.0]]).repeat(20000, 1)
+    noisy = normalizer.augment(x, 0.3)
+    torch.testing.assert_close(noisy.mean(0), x[0], atol=0.1, rtol=0)
+    torch.testing.assert_close(noisy.std(0), torch.tensor([0.6, 3.0]), rtol=0.02, atol=0)
+    assert torch.equal(normalizer.augment(x, 0.0), x)
+    encoder, obs = make_obs_encoder(pixel_space()), pictures()
+    encoder.fit(obs)
+    augmented = encoder.augment(obs, 0.1)
+    assert not torch.equal(augmented["agentview_rgb"], obs["agentview_rgb"]) and augmented["agentview_rgb"].dtype == torch.uint8
+    moved = (augmented["proprio"] - obs["proprio"]).abs()
+    assert 0 < moved.max() < 1 and torch.equal(obs["proprio"], pictures()["proprio"])

@@ -1,0 +1,281 @@
+"""Pixels: the environment that returns pictures, against the renderer; the three RL scripts on pictures, at a tiny size."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import test_dlr_discover
+import test_gaussian_ppo
+import torch
+from gymnasium.vector import AutoresetMode
+from test_gaussian_ppo import run_main, same, weights
+
+import diffusion_ppo
+import dlr_discover
+import gaussian_ppo
+from common import rollout
+from common.cli import UserError
+from common.data import read_episodes, write_episodes
+from common.env import make_env
+from common.networks import make_obs_encoder
+from common.observations import TensorDict, join, obs_buffer, to_tensor
+from common.render import make_renderer
+from common.runs import Progress, load_checkpoint, save_checkpoint
+
+torch.set_num_threads(1)
+
+
+# ---------------------------------------------------------------------------------------------- batches
+
+
+def test_tensor_dict_is_indexed_like_a_tensor():
+    rng = np.random.default_rng(0)
+    arrays = {"agentview_rgb": rng.integers(0, 256, (4, 2, 2, 3)).astype(np.uint8), "proprio": rng.normal(size=(4, 9)).astype(np.float32)}
+    obs, flat = to_tensor(arrays), to_tensor(arrays["proprio"])
+    rows = np.array([True, False, True, False])
+    for at in (2, slice(1, 3), [3, 0], rows, torch.tensor([1, 1])):
+        assert torch.equal(obs[at]["proprio"], flat[at]) and torch.equal(obs[at]["agentview_rgb"], obs["agentview_rgb"][at])
+    room, plain = obs_buffer(3, arrays), obs_buffer(3, arrays["proprio"])
+    assert room["agentview_rgb"].dtype == torch.uint8 and room["agentview_rgb"].shape == (3, 4, 2, 2, 3)
+    for buffer, values in ((room, obs), (plain, flat)):
+        buffer[1] = values
+        buffer[2, rows] = values[rows]
+    assert torch.equal(room["proprio"], plain) and torch.equal(room.flatten(0, 1)["proprio"], plain.flatten(0, 1))
+    assert len(room) == 3 and not room["proprio"][2, ~rows].any() and room["proprio"][2, rows].any()
+    both = join([arrays, arrays])
+    assert len(both) == 8 and torch.equal(both["proprio"], torch.cat([flat, flat]))
+    assert torch.equal(both[4:]["agentview_rgb"], obs["agentview_rgb"])
+
+
+# ---------------------------------------------------------------------------------------------- the environment
+
+
+def test_pixel_env_shows_what_the_renderer_draws(drawer_task):
+    """Same physics as the state environment; pictures of every state, in LIBERO's orientation; also of episodes' last states."""
+    settings = dict(num_envs=3, seed=0, settle_steps=0, max_steps=2)
+    cameras = ("agentview", "robot0_eye_in_hand")
+    env = make_env(drawer_task, obs="pixels", image_size=32, cameras=cameras, **settings)
+    plain = make_env(drawer_task, **settings)
+    renderer = make_renderer(drawer_task.model, cameras, 32, 32)
+
+    def check(obs, states, state_obs):
+        drawn = renderer.render(states[:, 1 : 1 + drawer_task.model.nq])
+        assert obs.keys() == {"agentview_rgb", "eye_in_hand_rgb", "proprio"}
+        np.testing.assert_array_equal(obs["agentview_rgb"][:, ::-1], drawn["agentview"])  # bottom row first
+        np.testing.assert_array_equal(obs["eye_in_hand_rgb"][:, ::-1], drawn["robot0_eye_in_hand"])
+        layout = plain.obs_layout
+        np.testing.assert_allclose(obs["proprio"][:, :3], state_obs[:, layout["eef_pos"]], atol=1e-6)
+        np.testing.assert_allclose(obs["proprio"][:, 7:], state_obs[:, layout["gripper_qpos"]], atol=1e-6)
+        np.testing.assert_allclose(np.linalg.norm(obs["proprio"][:, 3:7], axis=1), 1, atol=1e-6)
+
+    (obs, _), (state_obs, _) = (e.reset(seed=3, options={"init_state": [0, 1, 2]}) for e in (env, plain))
+    assert obs in env.observation_space and obs["agentview_rgb"].dtype == np.uint8 and obs["agentview_rgb"].std() > 10
+    check(obs, env.get_state(), state_obs)
+    assert not np.array_equal(obs["agentview_rgb"][0], obs["agentview_rgb"][1])
+    rng = np.random.default_rng(0)
+    for step in range(3):
+        actions = rng.uniform(-1, 1, (3, 7))
+        (obs, *flags, info), (state_obs, *same_flags, same_info) = env.step(actions), plain.step(actions)
+        np.testing.assert_array_equal(env.get_state(), plain.get_state())
+        np.testing.assert_array_equal(flags, same_flags)
+        check(obs, env.get_state(), state_obs)
+        assert ("final_obs" in info) == (step == 1)
+        if "final_obs" in info:
+            np.testing.assert_array_equal(info["final_length"], same_info["final_length"])
+            check(info["final_obs"], info["final_states"], same_info["final_obs"])
+            assert not np.array_equal(info["final_obs"]["agentview_rgb"], obs["agentview_rgb"])
+    snapshot = env.snapshot()
+    after = env.step(actions)[0]
+    env.restore(snapshot)
+    np.testing.assert_array_equal(env.observations()["agentview_rgb"], obs["agentview_rgb"])
+    np.testing.assert_array_equal(env.step(actions)[0]["agentview_rgb"], after["agentview_rgb"])
+    assert env.unwrapped.task is drawer_task and env.max_steps == 2 and env.obs_layout == plain.obs_layout
+
+
+def test_demonstrations_are_seen_as_by_the_environment(drawer_task, demos):
+    episode = read_episodes(demos, drawer_task)[0]
+    env = make_env(drawer_task, 1, obs="pixels", image_size=32, autoreset_mode=AutoresetMode.DISABLED)
+    (seen,) = rollout.observe_demos(env, [dataclasses.replace(episode, states=episode.states[:3], actions=episode.actions[:3])], Progress())
+    assert seen["agentview_rgb"].shape == (3, 32, 32, 3) and seen["proprio"].shape == (3, 9)
+    for t in range(3):
+        env.set_state(episode.states[t : t + 1])
+        for name, x in env.observations().items():
+            np.testing.assert_array_equal(x[0], seen[name][t])
+    # files hold proprioception from after each action
+    after = np.hstack([episode.proprio[name][:2] for name in ("ee_pos", "ee_quat", "gripper_states")])
+    np.testing.assert_allclose(seen["proprio"][1:], after, atol=1e-5)
+
+
+def test_bad_pixel_options(drawer_task):
+    for options in ({"obs": "depth"}, {"obs": "pixels", "image_size": 0}, {"obs": "pixels", "cameras": ("nowhere",)}):
+        with pytest.raises(UserError):
+            make_env(drawer_task, **options)
+
+
+# ---------------------------------------------------------------------------------------------- the scripts on a plane
+
+
+def with_pictures(plane: type) -> type:
+    """A Plane whose observations are a picture of the point and the vectors to its goals as proprioception."""
+
+    class PixelPlane(plane):
+        def observations(self):
+            state = super().observations()
+            views = np.full((self.num_envs, 32, 32, 3), 60, np.uint8)
+            for view, (x, y) in zip(views, self.position, strict=True):
+                row, column = (np.clip([0.5 - y / 2, 0.1 + x / 1.5], 0, 0.9) * 28).astype(int)
+                view[row : row + 5, column : column + 5] = (250, 200, 20)
+            return {"agentview_rgb": views, "proprio": np.resize(state[:, 2:].T, (6, self.num_envs)).T.copy()}
+
+    return PixelPlane
+
+
+def pixel_space() -> gym.spaces.Dict:
+    proprio = gym.spaces.Box(-np.inf, np.inf, (6,), np.float32)
+    return gym.spaces.Dict({"agentview_rgb": gym.spaces.Box(0, 255, (32, 32, 3), np.uint8), "proprio": proprio})
+
+
+def make_trainer(script, seed=0, **changes):
+    """Reinforce of each script on a plane of pictures, with random weights."""
+    settings = dict(num_steps=6, total_steps=4 * 6 * 8, hidden=16, num_minibatches=1, update_epochs=1, critic_warmup=0)
+    torch.manual_seed(0)
+    if script is dlr_discover:
+        env = with_pictures(test_dlr_discover.Plane)(num_envs=4, max_steps=4, seed=seed)
+    else:
+        env = with_pictures(test_gaussian_ppo.Plane)(num_envs=4, max_steps=4, seed=seed)
+    encoder, args = make_obs_encoder(pixel_space()), script.Args(**(settings | changes))
+    if script is diffusion_ppo:
+        args = dataclasses.replace(args, chunk=2, execute=2, denoising_steps=3, finetune_steps=2)
+        return script.Reinforce(args, env, script.Agent(args, encoder))
+    if script is gaussian_ppo:
+        return script.Reinforce(args, env, script.Agent(encoder, args.hidden))
+    return script.Reinforce(args, env, script.Agent(encoder, 2, args.hidden), script.PatternEncoder(6, 2), [0, 1])
+
+
+SCRIPTS = pytest.mark.parametrize("script", [dlr_discover, gaussian_ppo, diffusion_ppo], ids=lambda script: script.__name__)
+
+
+@SCRIPTS
+def test_first_minibatch_has_ratio_one_in_pixels(script, monkeypatch):
+    """The policy is scored on the very pictures that it acted on, shifted as they were."""
+    trainer, batches = make_trainer(script), []
+    update = script.ppo_update
+
+    def spy(*arguments, **named):
+        batches.append(next(x for x in arguments if isinstance(x, dict)))
+        return update(*arguments, **named)
+
+    monkeypatch.setattr(script, "ppo_update", spy)
+    resnet = (trainer.agent.actor if script is diffusion_ppo else trainer.agent).obs_encoder.resnet
+    before = weights(resnet)
+    for iteration in range(2):
+        logs = trainer.run_iteration()
+        assert logs["losses/ratio"] == pytest.approx(1.0, abs=1e-4)
+        assert logs["losses/approx_kl"] == pytest.approx(0.0, abs=1e-5)
+        assert logs["losses/clipfrac"] == 0.0 and logs["losses/updates"] == 1
+        assert logs["losses/kl_to_learn"] == pytest.approx(0.0, abs=1e-5) or iteration
+        assert not same(weights(resnet), before)  # PPO trains the encoder
+    seen = batches[0]["obs"]
+    assert isinstance(seen, TensorDict) and seen["agentview_rgb"].dtype == torch.uint8
+    tops = (seen["agentview_rgb"][:4, :, :, 0] == 250).any(2).int().argmax(1)  # where the four points begin, 1 pixel apart at most
+    assert tops.max() - tops.min() >= 3
+
+
+@SCRIPTS
+def test_the_critic_leaves_the_policys_features_alone(script):
+    trainer = make_trainer(script, critic_warmup=1)
+    before = weights(trainer.agent)
+    trainer.run_iteration()
+    after = weights(trainer.agent)
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed - {"log_std"} == {"critic"}  # which Reinforce sets by schedule
+
+
+@SCRIPTS
+def test_reinforce_continues_exactly_in_pixels(script, tmp_path):
+    results = []
+    for stop in (None, 1):
+        trainer = make_trainer(script)
+        for iteration in range(2):
+            if iteration == stop:
+                save_checkpoint(tmp_path / "c.pt", {"script": "s", "trainer": trainer.state_dict()})
+                trainer = make_trainer(script, seed=99)
+                torch.rand(17)
+                trainer.load_state_dict(load_checkpoint(tmp_path / "c.pt", "s")["trainer"])
+            trainer.run_iteration()
+        results.append(weights(trainer.agent))
+    assert same(*results)
+
+
+def bright_demos(number: int) -> tuple[list, list, gym.Space]:
+    """Demonstrations whose action is how bright the picture is, which nothing else says; and the space of the observations."""
+    rng, demos, actions = np.random.default_rng(0), [], []
+    for _ in range(number):
+        bright = rng.uniform(size=8)
+        views = np.broadcast_to((255 * bright[:, None, None, None]).astype(np.uint8), (8, 32, 32, 3)).copy()
+        demos.append({"agentview_rgb": views, "proprio": np.zeros((8, 6), np.float32)})
+        actions.append(np.repeat(1.6 * bright[:, None] - 0.8, 7, axis=1))
+    return demos, actions, pixel_space()
+
+
+def test_learn_reads_the_pictures():
+    demos, actions, space = bright_demos(10)
+    torch.manual_seed(0)
+    args = gaussian_ppo.Args(hidden=32, learn_epochs=12, learn_batch=24, learn_lr=1e-3)
+    agent = gaussian_ppo.Agent(make_obs_encoder(space), args.hidden)
+    gaussian_ppo.learn(args, agent, demos, actions, lambda *_: None)
+    dark, light = agent.act(demos[0], np.zeros(8, int))[np.argsort(actions[0][:, 0])][[0, -1]]
+    assert dark.mean() < -0.2 and light.mean() > 0.2
+
+
+def test_learn_trains_the_encoder_of_the_diffusion_policy():
+    demos, actions, space = bright_demos(3)
+    args = diffusion_ppo.Args(hidden=16, learn_epochs=2, learn_batch=8)
+    agent, losses = diffusion_ppo.Agent(args, make_obs_encoder(space)), []
+    before = weights(agent.actor.obs_encoder.resnet)
+    diffusion_ppo.learn(args, agent, demos, actions, lambda epoch, row: losses.append(row["learn/held_out_loss"]))
+    assert losses[1] < losses[0] < 2  # near 1: the network has hardly begun
+    assert not same(weights(agent.actor.obs_encoder.resnet), before)
+    assert same(weights(agent.actor), weights(agent.base))
+
+
+# ---------------------------------------------------------------------------------------------- the whole job
+
+TINY = """--obs pixels --image-size 32 --num-envs 2 --torch-threads 1 --learn-epochs 1 --learn-batch 64 --hidden 16 --num-steps 4
+    --total-steps 24 --num-minibatches 2 --update-epochs 1 --critic-warmup 1 --checkpoint-interval 1 --eval-episodes 2 --corpus-episodes 1
+    --no-videos"""
+OWN = {dlr_discover: "--num-patterns 2 --discover-steps 20", gaussian_ppo: "", diffusion_ppo: "--chunk 2 --execute 2"}
+
+
+@SCRIPTS
+def test_whole_job_in_pixels(script, demos, tmp_path, drawer_task, monkeypatch, capsys):
+    """Every stage, with episodes that are over too soon to succeed."""
+    few = []
+    for e in read_episodes(demos, drawer_task)[:4]:  # their beginnings are enough
+        proprio = {name: x[:20] for name, x in e.proprio.items()}
+        few.append(dataclasses.replace(e, states=e.states[:20], actions=e.actions[:20], proprio=proprio, final_state=e.states[20]))
+    write_episodes(tmp_path / "few.hdf5", few, drawer_task, {})
+    monkeypatch.setattr(script, "make_env", lambda *args, **kwargs: make_env(*args, max_steps=3, **kwargs))
+    flags = ["--task", "libero_goal/0", "--demos", tmp_path / "few.hdf5", "--run-folder", tmp_path / "runs", *TINY.split()]
+    flags += OWN[script].split()
+    with pytest.raises(SystemExit):
+        run_main(script, *flags)
+    assert "no corpus to write" in capsys.readouterr().err
+    (run,) = (tmp_path / "runs").iterdir()
+    checkpoint = load_checkpoint(run / "checkpoint.pt", script.__name__)
+    assert checkpoint["stage"] == "roll out" and checkpoint["env_steps"] == 24
+    assert '"renderer": "warp"' in (run / "config.json").read_text()
+    assert any("resnet" in name for name in checkpoint["agent"])
+
+
+def test_wrong_pixel_flags(tmp_path, capsys):
+    for script, flags, message in (
+        (gaussian_ppo, ["--image-size", 16], "--image-size must be between 32 and 512, not 16"),
+        (diffusion_ppo, ["--image-size", 1000], "--image-size must be between 32 and 512, not 1000"),
+        (dlr_discover, ["--obs", "pixels", "--mi-coef", 0.1], "--mi-coef needs --obs state"),
+    ):
+        line = test_gaussian_ppo.refused(script, capsys, tmp_path, "--run-folder", tmp_path / "runs", *flags)
+        assert message in line
