@@ -3,7 +3,8 @@
     python -m benchmarks.demonstrator --tasks libero_spatial/0 libero_goal/7
     python -m benchmarks.demonstrator --suite libero_goal --init-states 10
 
-Every strategy of a task tries each of the official init states once, with action noise. The tables are Markdown.
+Every strategy of a task tries each of the official init states once, with action noise. The tables are Markdown. With --json,
+what the file already holds of the same measurement is not measured again, so that a long one can be interrupted.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ from __future__ import annotations
 import json
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 
+import mujoco
 import numpy as np
 import tyro
 
 from common.cli import UserError, atomic_path, run_command
 from common.demonstrator import collect, strategies
-from common.tasks import SUITES, load_task, resolve, task_names
+from common.standins import is_standin
+from common.tasks import SUITES, assets_fingerprint, find_assets, load_task, resolve, task_names
 
 # The longest human demonstration of each suite, in control steps (LIBERO's published data sets).
 HUMAN_STEPS = {"libero_spatial": 193, "libero_object": 254, "libero_goal": 270, "libero_10": 505, "libero_90": 373}
@@ -44,13 +48,14 @@ class Args:
     assets: str | None = None
     """LIBERO's asset folder, or standin (default: $LIBERO_ASSETS, else LIBERO's own, else a download, else stand-ins)"""
     json: Path | None = None
-    """also write the numbers to this file"""
+    """also write the numbers to this file, and go on from what it holds"""
 
 
 def measure(task_id: str, assets: str | None, init_states: int, noise: float, seed: int) -> dict:
     """One task: {"task", "goal", "success_rate", "mean_length", "strategies": [{"name", "success_rate", ...}]} or {"error"}."""
     task = load_task(task_id, assets)
     row = {"task": f"{task.suite}/{task.index}", "name": task.name, "goal": " and ".join(p.name for p in task.goal)}
+    row |= {"assets": task.assets, "mujoco": mujoco.__version__, "init_states": init_states, "noise": noise, "seed": seed}
     states = np.linspace(0, len(task.init_states), init_states, endpoint=False).astype(int).tolist()
     try:
         repertoire = strategies(task)
@@ -96,16 +101,22 @@ def main() -> None:
         raise UserError("--init-states is 1 to 50, --noise at least 0, --workers at least 1")
     tasks = args.tasks or [f"{args.suite}/{i}" for i in range(len(task_names()[args.suite]))]
     tasks = ["{}/{}".format(*resolve(task)) for task in tasks]  # a wrong name ends here, not after the first tasks
-    with ProcessPoolExecutor(min(args.workers, len(tasks))) as pool:
-        futures = [pool.submit(measure, t, args.assets, args.init_states, args.noise, args.seed) for t in tasks]
-        rows = []
-        for task, future in zip(tasks, futures, strict=True):
-            rows.append(future.result())
-            print(f"{task}: {100 * rows[-1]['success_rate']:.0f} %", file=sys.stderr, flush=True)
-    print(table(rows))
-    if args.json:
-        with atomic_path(args.json) as temporary:
-            temporary.write_text(json.dumps(rows, indent=1))
+    kind = "standin" if is_standin(folder := find_assets(args.assets)) else "libero"
+    asked = {"assets": f"{kind}:{assets_fingerprint(folder)}", "mujoco": mujoco.__version__}
+    asked |= {"init_states": args.init_states, "noise": args.noise, "seed": args.seed}
+    rows = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
+    done = {row["task"]: row for row in rows if all(row.get(k) == v for k, v in asked.items())}
+    with ProcessPoolExecutor(min(args.workers, len(tasks)), mp_context=get_context("spawn")) as pool:
+        rest = [t for t in tasks if t not in done]
+        futures = [pool.submit(measure, t, args.assets, args.init_states, args.noise, args.seed) for t in rest]
+        for future in as_completed(futures):
+            row = future.result()
+            done[row["task"]] = row
+            print(f"{row['task']}: {100 * row['success_rate']:.0f} %  {row.get('error', '')}", file=sys.stderr, flush=True)
+            if args.json:
+                with atomic_path(args.json) as temporary:
+                    temporary.write_text(json.dumps(list(done.values()), indent=1))
+    print(table([done[t] for t in tasks]))
 
 
 if __name__ == "__main__":
