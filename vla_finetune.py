@@ -1,0 +1,358 @@
+"""Fine-tune a vision-language-action model on demonstrations of downstream tasks, and measure its success in the simulator by
+LIBERO's published protocol.
+
+    python vla_finetune.py --checkpoint runs/PRETRAINED --data demos/libero_goal/*.hdf5             # its tasks are evaluated
+    python vla_finetune.py --data demos/libero_goal/*.hdf5                                          # the same without pretraining
+    python vla_finetune.py --checkpoint runs/RUN --eval-only --tasks libero_spatial libero_90/9
+    python vla_finetune.py --resume runs/RUN
+
+The model, its losses and the training loop are vla_pretrain.py's. docs/vla_finetune.md explains every result and implementation detail.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import mujoco
+import numpy as np
+import torch
+import tyro
+from gymnasium.vector import AutoresetMode
+
+from common import render, vla_data
+from common.cli import UserError, run_command
+from common.env import NO_OP, make_env
+from common.metrics import wilson_interval
+from common.runs import Progress, make_run, resumed_args, versions, write_json
+from common.tasks import Task, load_task, resolve, task_names
+from common.vla_data import ACTION_SIZE, CAMERAS, PROPRIO, Chunks, Order
+from vla_pretrain import VLA, Training, distributed, find_device, load_model, rank, shared_folder, train
+from vla_pretrain import validate as validate_training
+
+
+@dataclasses.dataclass
+class Args(Training):
+    """Fine-tune a vision-language-action model on demonstrations, and evaluate it in the simulator."""
+
+    checkpoint: str | None = None
+    """run folder or model.pt of vla_pretrain.py or of this script (default: none, a fresh model)"""
+    epochs: float = 2.5
+    """passes over --data"""
+    batch_size: int = 64
+    """samples a step, of all ranks together"""
+    lr: float = 5e-4
+    """learning rate, reached after the warm-up; from there it follows a cosine to zero"""
+    warmup: int = 20
+    """steps of linear warm-up"""
+    ema: float = 0.99
+    """decay of the moving average of the weights, which is what is validated, kept and evaluated"""
+
+    # Model; with --checkpoint these are the checkpoint's, and another value is an error
+    head: str | None = None
+    """flow (default) or tokens"""
+    size: str | None = None
+    """tiny (default), small or base"""
+    chunk: int | None = None
+    """actions predicted at once (default 8)"""
+    crop: float | None = None
+    """side of the random crop as a share of the picture's (default 0.94); evaluation takes the centre"""
+    vision: str | None = None
+    """a pretrained image encoder: Hugging Face model id or local folder"""
+    text: str | None = None
+    """a pretrained text encoder: Hugging Face model id or local folder"""
+
+    # Evaluation
+    tasks: list[str] = dataclasses.field(default_factory=list)
+    """suites and tasks to evaluate on (default: the tasks of --data, else those that the checkpoint was trained on)"""
+    eval_only: bool = False
+    """no training: evaluate --checkpoint as it is"""
+    trials: int = 50
+    """episodes a task, one from each official init state (at most 50)"""
+    replan: int = 8
+    """actions of a chunk that are executed before the next one is predicted"""
+    num_envs: int = 16
+    """parallel environments"""
+    videos: int = 1
+    """videos of successes and as many of failures, a task"""
+    renderer: str | None = None
+    """warp or gl (default: the one of the training pictures)"""
+    assets: str | None = None
+    """LIBERO's asset folder, or standin (default: $LIBERO_ASSETS, else LIBERO's own, else a download, else stand-ins)"""
+    allow_mismatch: bool = False
+    """evaluate although renderer, assets or MuJoCo are not those of the training data"""
+
+
+def validate(args: Args) -> None:
+    """Refuse flag values that cannot work, before anything has begun."""
+    validate_training(args)
+    for name in ("trials", "replan", "num_envs"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.trials > 50:
+        raise UserError(f"--trials must be at most 50, the number of official init states, not {args.trials}")
+    if args.videos < 0 or not 0 < args.epochs < 1000:
+        raise UserError("--videos must be at least 0, --epochs more than 0")
+    if args.renderer not in (None, *render.RENDERERS):
+        raise UserError(f"--renderer must be {' or '.join(render.RENDERERS)}, not {args.renderer}")
+    if args.eval_only and not args.checkpoint:
+        raise UserError("--eval-only needs the --checkpoint to evaluate")
+    if args.eval_only and args.data:
+        raise UserError("--eval-only does not train, so it takes no --data; name what to evaluate on with --tasks")
+
+
+def make_model(args: Args, image_size: int | None) -> tuple[VLA, dict]:
+    """The checkpoint's model and its record, or a fresh model of the flags' shape (and an empty record) for pictures of `image_size`.
+
+    Raises UserError if the checkpoint's model is not what the flags or the pictures ask for.
+    """
+    if not args.checkpoint:
+        crop = round((args.crop or 0.94) * image_size / 2) * 2
+        return VLA(args.head or "flow", args.size or "tiny", args.chunk or 8, image_size, crop, args.vision, args.text), {}
+    model, meta = load_model(args.checkpoint)
+    config = model.config
+    wanted = {name: getattr(args, name) for name in ("head", "size", "chunk", "vision", "text")}
+    if args.crop is not None:
+        wanted["crop"] = round(args.crop * config["image_size"] / 2) * 2
+    for name, value in wanted.items():
+        if value is not None and value != config[name]:
+            raise UserError(f"{args.checkpoint} has --{name} {config[name]}, not {value}; leave the flag out, or take another checkpoint")
+    if image_size not in (None, config["image_size"]):
+        size = config["image_size"]
+        raise UserError(
+            f"image size mismatch: {args.checkpoint} takes pictures of {size} x {size}, the data has {image_size} x {image_size}; "
+            f"render them again: python -m common.render FILE --size {size} --overwrite"
+        )
+    return model, meta
+
+
+def expand(names: list[str]) -> list[str]:
+    """Suites and task ids -> task ids suite/name."""
+    found = []
+    for name in names:
+        if name in task_names():
+            found += [f"{name}/{task}" for task in task_names()[name]]
+        else:
+            suite, index = resolve(name)
+            found.append(f"{suite}/{task_names()[suite][index]}")
+    return list(dict.fromkeys(found))
+
+
+def check_match(meta: dict, task: Task, renderer: str, allow: bool, say: Callable[[str], None]) -> None:
+    """Raise UserError (with `allow`: say so) where an evaluation would not be in the world that the model was trained in."""
+    recorded = {corpus["mujoco"] for corpus in meta["corpora"]}
+    pairs = {
+        "renderer": ({meta["renderer"]}, renderer),
+        "assets": ({meta["assets"]}, task.assets),
+        "mujoco": (recorded, mujoco.__version__),
+    }
+    wrong = [
+        f"{name} {', '.join(sorted(then))} in training, {now} here" for name, (then, now) in pairs.items() if then - {"unknown"} - {now}
+    ]
+    if wrong and not allow:
+        raise UserError(f"{task.id}: {'; '.join(wrong)}; evaluate with what the model was trained on, or pass --allow-mismatch")
+    if wrong:
+        say(f"mismatch allowed: {'; '.join(wrong)}")
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+
+
+@dataclasses.dataclass
+class Trial:
+    """One episode of an evaluation."""
+
+    init_state: int
+    success: bool
+    qpos: np.ndarray  # (T, nq), before each action
+
+
+# images (n, 2, H, W, 3) uint8, row 0 the top, proprioception (n, 8), official init states (n,), steps taken so far (n,)
+# -> actions (n, chunk, 7) in [-1, 1]
+Policy = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+class ModelPolicy:
+    """A model that is told one instruction. Its noise depends on (seed, init state, step) alone, not on the batch."""
+
+    def __init__(self, model: VLA, instruction: str, seed: int):
+        self.model, self.seed = model.eval(), seed
+        self.tokens = model.text.tokenize([instruction]).to(model.device)
+
+    def __call__(self, images, proprio, init_states, steps) -> np.ndarray:
+        device, shape = self.model.device, (self.model.config["chunk"], ACTION_SIZE)
+        seeds = [(self.seed * 1000 + int(i)) * 10_000 + int(t) for i, t in zip(init_states, steps, strict=True)]
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+        instruction = torch.zeros(len(images), dtype=torch.long, device=device)
+        inputs = torch.from_numpy(images).to(device), torch.from_numpy(proprio).float().to(device)
+        return self.model.act(*inputs, self.tokens, instruction, noise.to(device)).cpu().numpy()
+
+
+def evaluate(
+    task: Task, policy: Policy, camera: render.Renderer, trials: int, num_envs: int, replan: int, tick: Callable[[Trial], None]
+) -> list[Trial]:
+    """LIBERO's published protocol: trial i starts from official init state i, after 10 no-ops; 20 Hz; the suite's step cap.
+
+    `policy` is asked for a chunk every `replan` steps, for all environments that are due at once; `tick(trial)` is called as each ends.
+    """
+    num_envs = min(num_envs, trials)
+    env = make_env(task, num_envs, settle_steps=10, autoreset_mode=AutoresetMode.DISABLED)
+    nq = task.model.nq
+    todo, done = list(range(trials))[::-1], []
+    trial, step = np.full(num_envs, -1), np.zeros(num_envs, int)  # trial -1: none left
+    plans, paths = np.tile(NO_OP, (num_envs, replan, 1)), [[] for _ in range(num_envs)]
+
+    def assign(envs: np.ndarray) -> None:
+        for i in envs:
+            trial[i], step[i], paths[i] = todo.pop() if todo else -1, 0, []
+        env.reset(options={"reset_mask": np.isin(np.arange(num_envs), envs), "init_state": np.maximum(trial, 0)})
+
+    assign(np.arange(num_envs))
+    while (trial >= 0).any():
+        qpos = env.get_state()[:, 1 : 1 + nq]
+        due = np.flatnonzero((trial >= 0) & (step % replan == 0))
+        if len(due):
+            pictures = camera.render(qpos[due])
+            images = np.stack([pictures[name] for name in CAMERAS.values()], axis=1)
+            robot = env.proprioception()
+            proprio = np.concatenate([robot[name][due] for name in PROPRIO], axis=1)
+            plans[due] = policy(images, proprio, trial[due], step[due])[:, :replan]
+        actions = np.where((trial >= 0)[:, None], plans[np.arange(num_envs), step % replan], NO_OP)
+        for i in range(num_envs):
+            paths[i].append(qpos[i])
+        _, _, terminated, truncated, _ = env.step(actions)
+        step += 1
+        ended = np.flatnonzero((terminated | truncated) & (trial >= 0))
+        for i in ended:
+            done.append(Trial(int(trial[i]), bool(terminated[i]), np.stack(paths[i])))
+            tick(done[-1])
+        if len(ended):
+            assign(ended)
+    env.close()
+    return sorted(done, key=lambda t: t.init_state)
+
+
+def summarise(task: Task, trials: list[Trial]) -> dict:
+    """A task's row in results.json: success with its 95 % Wilson interval."""
+    successes = sum(t.success for t in trials)
+    lengths = [len(t.qpos) for t in trials if t.success]
+    return {
+        "task": task.id,
+        "instruction": task.language,
+        "success_rate": successes / len(trials),
+        "interval": wilson_interval(successes, len(trials)),
+        "successes": successes,
+        "trials": len(trials),
+        "mean_length": float(np.mean(lengths)) if lengths else None,
+        "outcomes": [t.success for t in trials],
+        "assets": task.assets,
+    }
+
+
+def make_videos(run: Path, task: Task, trials: list[Trial], count: int, renderer: str) -> None:
+    """RUN/videos: the first `count` successes and failures, seen by agentview."""
+    chosen = [t for outcome in (True, False) for t in [t for t in trials if t.success == outcome][:count]]
+    if chosen:
+        camera = render.make_renderer(task.model, ("agentview",), 256, 256, renderer)
+    for t in chosen:
+        name = f"{task.id.replace('/', '-')}__{'success' if t.success else 'failure'}_{t.init_state}.mp4"
+        render.write_video(run / "videos" / name, camera.render(t.qpos)["agentview"])
+
+
+def evaluate_tasks(args: Args, model: VLA, meta: dict, tasks: list[str], run: Path, results: dict, progress: Progress) -> None:
+    """Evaluate task by task; RUN/results.json is written after each, and what it holds already is kept."""
+    renderer = args.renderer or meta["renderer"]
+    rows = results.setdefault("tasks", [])
+    for number, name in enumerate(tasks, start=1):
+        if any(row["task"] == name for row in rows):
+            continue
+        task = load_task(name, args.assets)
+        check_match(meta, task, renderer, args.allow_mismatch, progress.say)
+        size = model.config["image_size"]
+        camera = render.make_renderer(task.model, tuple(CAMERAS.values()), size, size, renderer)
+        progress.stage(f"evaluate {number}/{len(tasks)}", args.trials)
+        outcomes: list[bool] = []
+
+        def tick(trial: Trial, outcomes=outcomes) -> None:
+            outcomes.append(trial.success)
+            progress.update(1, f"success {np.mean(outcomes):.0%}")
+
+        policy = ModelPolicy(model, task.language, args.seed)
+        trials = evaluate(task, policy, camera, args.trials, args.num_envs, args.replan, tick)
+        row = summarise(task, trials)
+        make_videos(run, task, trials, args.videos, renderer)
+        rows.append(row)
+        low, high = row["interval"]
+        progress.say(f"{task.id}: success {row['success_rate']:.0%} ({low:.0%} to {high:.0%})")
+        successes, total = sum(r["successes"] for r in rows), sum(r["trials"] for r in rows)
+        results |= {"success_rate": successes / total, "interval": wilson_interval(successes, total)}
+        write_json(run / "results.json", results)
+
+
+# ---------------------------------------------------------------------------------------------- the whole job
+
+
+def main() -> None:
+    args = tyro.cli(Args)
+    run = None
+    if args.resume:
+        run = Path(args.resume)
+        args = resumed_args(run, "vla_finetune", Args)
+    validate(args)
+    torch.set_num_threads(args.torch_threads)
+    torch.set_float32_matmul_precision("high")
+    device = find_device(args)
+    torch.manual_seed(args.seed)
+    corpora = [] if args.eval_only else vla_data.read_corpora(args.data, args.max_episodes, args.seed)
+    model, meta = make_model(args, corpora[0].image_size if corpora else None)
+    if args.replan > model.config["chunk"]:
+        raise UserError(f"--replan {args.replan} is more than the {model.config['chunk']} actions of a chunk")
+    if corpora:
+        training, validation = vla_data.split(corpora, args.val_fraction, args.seed)
+        chunks = Chunks(training, model.config["chunk"])
+        if not args.checkpoint:
+            model.fit(chunks.statistics())
+        for name in ("renderer", "assets"):
+            then, now = meta.get(name), getattr(corpora[0], name)
+            if then not in (None, now) and not args.allow_mismatch:
+                raise UserError(f"{name} mismatch: {then} in {args.checkpoint}, {now} in {corpora[0].path}; or pass --allow-mismatch")
+        order = Order(chunks.sizes, args.weights or [1.0] * len(training), args.batch_size, args.seed)
+        steps = max(1, round(args.epochs * order.steps_per_epoch))
+        meta = {"renderer": corpora[0].renderer, "assets": corpora[0].assets, "versions": versions(), "seed": args.seed, "pretrained": meta}
+        meta |= {"tasks": sorted({c.task for c in corpora}), "corpora": vla_data.describe(corpora)}
+    tasks = expand(args.tasks or meta["tasks"])
+    first = load_task(tasks[0], args.assets)  # what is missing is found now
+    check_match(meta, first, args.renderer or meta["renderer"], args.allow_mismatch, lambda line: None)
+    render.make_renderer(first.model, tuple(CAMERAS.values()), 16, 16, args.renderer or meta["renderer"])
+    if args.videos and not (possible := render.available(args.renderer or meta["renderer"]))[0]:
+        raise UserError(f"no videos: {possible[1]}; or pass --videos 0")
+    model.to(device)
+    with distributed(device):
+        if run is None:
+            if rank() == 0:
+                name = tasks[0] if len(tasks) == 1 else f"{len(tasks)}-tasks"
+                run = make_run(args.run_folder, name, "vla_finetune", args)
+                write_json(run / "config.json", {"script": "vla_finetune", "args": dataclasses.asdict(args), **meta})
+            run = shared_folder(run)
+        trained = None if args.eval_only else train(args, model, training, validation, steps, run, meta)
+    if rank() > 0:  # one process evaluates
+        return
+    protocol = {"trials": args.trials, "replan": args.replan, "no_ops": 10, "control_hz": 20, "allow_mismatch": args.allow_mismatch}
+    results = {"checkpoint": args.checkpoint, "model": model.config, "training": trained, "protocol": protocol, "versions": versions()}
+    results |= {"renderer": args.renderer or meta["renderer"], "trained_on": meta}
+    if (run / "results.json").exists():
+        found = json.loads((run / "results.json").read_text())
+        results |= {name: found[name] for name in ("tasks", "success_rate", "interval")}
+    progress = Progress()
+    evaluate_tasks(args, model, meta, tasks, run, results, progress)
+    progress.close()
+    rows = [{name: value for name, value in row.items() if name != "outcomes"} for row in results["tasks"]]
+    write_json(run / "summary.json", results | {"tasks": rows})
+    low, high = results["interval"]
+    progress.say(f"success {results['success_rate']:.1%} ({low:.1%} to {high:.1%}) over {len(results['tasks'])} tasks; see {run}")
+
+
+if __name__ == "__main__":
+    run_command(main)
