@@ -39,7 +39,7 @@ from common.cli import UserError, run_command
 from common.env import LiberoVectorEnv, make_env
 from common.networks import Normalizer, PixelEncoder, layer_init, make_obs_encoder, mlp, random_shift
 from common.observations import TensorDict, join, obs_buffer, to_tensor
-from common.runs import Progress, load_checkpoint, make_run, resumed_args, save_checkpoint, versions, write_json
+from common.runs import Progress, load_checkpoint, make_run, resumed_args, rng_state, save_checkpoint, set_rng_state, versions, write_json
 from common.tasks import load_task
 
 
@@ -61,6 +61,10 @@ class Args:
     """parallel environments"""
     torch_threads: int = 2
     """threads of the learner (results are reproducible for a fixed number)"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto (CUDA, if there is a GPU; for few environments with states, cpu may be faster), cpu or cuda"""
+    backend: Literal["auto", "cpu", "warp"] = "auto"
+    """simulator: cpu (all cores), warp (MuJoCo Warp on --device) or auto (warp on a GPU from 256 environments on)"""
     checkpoint_interval: int = 5
     """PPO iterations between checkpoints: what a kill can lose at most"""
     videos: bool = True
@@ -331,6 +335,10 @@ class Agent(nn.Module):
         self.base = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic = mlp([obs_encoder.size, args.hidden, args.hidden, 1], out_std=1.0)
 
+    @property
+    def device(self) -> torch.device:
+        return self.alpha_bar.device
+
     def value(self, features: torch.Tensor) -> torch.Tensor:
         """V of the actor's features (N, size), (N,). It reads them and doesn't train them: that would move the policy."""
         return self.critic(features.detach()).squeeze(-1)
@@ -354,13 +362,13 @@ class Agent(nn.Module):
             means of the trained steps, (N, K', D).
         """
         size = self.shape[0] * self.shape[1]
-        x = torch.zeros(len(obs), size) if floor is None else torch.randn(len(obs), size)
+        x = (torch.zeros if floor is None else torch.randn)(len(obs), size, device=self.device)
         path, means = [], []
         for i in range(len(self.chain)):
             if i in (0, self.frozen_steps):  # the observation is encoded once by each of the two
                 net = self.base if i < self.frozen_steps else self.actor
                 film = net.encode(obs)
-            step = torch.full((len(obs),), i)
+            step = torch.full((len(obs),), i, device=self.device)
             mean = self.chain.mean(x, net(x, self.chain.level[step], film), step)
             if i >= self.frozen_steps:
                 path.append(x)
@@ -396,8 +404,8 @@ class ChunkPolicy:
         """The next action of each environment, (num_envs, 7) in [-1, 1]. `patterns`, which rollouts command, has no meaning here."""
         due = np.flatnonzero(self.used >= self.execute)
         if len(due):
-            path, _ = self.agent.denoise(to_tensor(obs)[due], floor=None)
-            self.chunks[due] = path[:, -1].reshape(-1, *self.agent.shape).clamp(-1, 1).numpy()
+            path, _ = self.agent.denoise(to_tensor(obs, self.agent.device)[due], floor=None)
+            self.chunks[due] = path[:, -1].reshape(-1, *self.agent.shape).clamp(-1, 1).cpu().numpy()
             self.used[due] = 0
         actions = self.chunks[np.arange(len(self.used)), self.used]
         self.used += 1
@@ -439,10 +447,10 @@ def learn(args: Args, agent: Agent, demos: list[np.ndarray | dict], actions: lis
 
     def tensors(mask):
         obs, chunks = zip(*[(o, action_chunks(a, args.chunk)) for o, a, m in zip(demos, actions, mask, strict=True) if m], strict=True)
-        return join(obs), join(chunks).float()
+        return join(obs, agent.device), join(chunks, agent.device).float()
 
     def noise(*shape):
-        return torch.randint(1, args.denoising_steps + 1, shape[:-1]), torch.randn(shape)
+        return torch.randint(1, args.denoising_steps + 1, shape[:-1], device=agent.device), torch.randn(shape, device=agent.device)
 
     obs, chunks = tensors(~held_out)
     test = tensors(held_out if held_out.any() else ~held_out)  # a single demonstration
@@ -452,8 +460,8 @@ def learn(args: Args, agent: Agent, demos: list[np.ndarray | dict], actions: lis
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.learn_epochs, eta_min=args.learn_lr / 20)
     best, best_loss, best_epoch, step = copy.deepcopy(average.state_dict()), math.inf, 0, 0
     for epoch in range(args.learn_epochs):
-        total = 0.0
-        for batch in torch.randperm(len(obs)).split(args.learn_batch):
+        losses, batches = [], torch.randperm(len(obs), device=agent.device).split(args.learn_batch)
+        for batch in batches:
             augmented = net.obs_encoder.augment(obs[batch], args.learn_noise)
             loss = denoising_loss(agent, net, augmented, chunks[batch], *noise(*chunks[batch].shape))
             optimizer.zero_grad()
@@ -461,10 +469,11 @@ def learn(args: Args, agent: Agent, demos: list[np.ndarray | dict], actions: lis
             optimizer.step()
             step += 1
             update_ema(average, net, min(args.ema_decay, (1 + step) / (10 + step)))  # its beginning, random weights, is soon forgotten
-            total += loss.item() * len(batch)
+            losses.append(loss.detach())
         schedule.step()
         with torch.no_grad():
             test_loss = denoising_loss(agent, average, *test).item()
+        total = sum(loss.item() * len(batch) for loss, batch in zip(losses, batches, strict=True))
         tick(epoch, {"learn/train_loss": total / len(obs), "learn/held_out_loss": test_loss})
         if test_loss < best_loss:
             best, best_loss, best_epoch = copy.deepcopy(average.state_dict()), test_loss, epoch
@@ -487,7 +496,7 @@ def gae(rewards, values, next_values, decided, terminated, done, gamma: float, l
 
     Returns: (num_steps, num_envs) advantages; they mean something where `decided` is 1.
     """
-    advantages, beyond, last = torch.zeros_like(rewards), torch.zeros(rewards.shape[1]), torch.zeros(rewards.shape[1])
+    advantages, beyond, last = torch.zeros_like(rewards), torch.zeros_like(rewards[0]), torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
         ends = decided[t + 1] if t + 1 < len(rewards) else torch.ones_like(last)
         after = next_values[t] * (1 - terminated[t]) + lam * last * (1 - done[t])
@@ -522,14 +531,14 @@ def ppo_update(args: Args, agent: Agent, optimizer, batch: dict, train_actor: bo
     of the chunks it leads to, in nats per executed action.
     """
     size = len(batch["obs"])
-    logs: dict[str, list[float]] = {}
-    discounts, clips = denoising_weights(args)
+    logs: dict[str, list[torch.Tensor | float]] = {}  # read at the end: a GPU would be waited for
+    discounts, clips = (weights.to(agent.device) for weights in denoising_weights(args))
     for _ in range(args.update_epochs):
-        for rows in torch.randperm(size).split(size // args.num_minibatches):
+        for rows in torch.randperm(size, device=agent.device).split(size // args.num_minibatches):
             b = {name: value[rows] for name, value in batch.items()}
             features = agent.actor.obs_encoder(b["obs"])
             value_loss = 0.5 * (agent.value(features) - b["returns"]).square().mean()
-            loss, row = value_loss, {"value_loss": value_loss.item()}
+            loss, row = value_loss, {"value_loss": value_loss.detach()}
             if train_actor:
                 mean = agent.means(agent.actor, features, b["x"], b["step"])
                 log_ratio = log_prob(b["next_x"], mean, b["std"]) - b["log_probs"]
@@ -541,13 +550,14 @@ def ppo_update(args: Args, agent: Agent, optimizer, batch: dict, train_actor: bo
                 pull = ((mean - b["learn_mean"]) / b["std"][..., None]).square().mean() / 2  # KL, averaged like the log-probability
                 with torch.no_grad():
                     nats = args.finetune_steps * mean.shape[-1] / args.execute  # from such an average to the chain's KL per executed action
-                    strayed = nats * pull.item()
-                    moved = nats * ((mean - b["mean"]) / b["std"][..., None]).square().mean().item() / 2
+                    moved = ((mean - b["mean"]) / b["std"][..., None]).square().mean()
+                    moved, strayed = torch.stack([moved, pull]).tolist()  # for the two stops below, in one transfer
+                    moved, strayed = nats * moved / 2, nats * strayed
                 row |= {
-                    "policy_loss": policy_loss.item(),
-                    "approx_kl": ((ratio - 1) - log_ratio).mean().item(),
-                    "clipfrac": ((ratio - 1).abs() > clip).float().mean().item(),
-                    "ratio": ratio.mean().item(),
+                    "policy_loss": policy_loss.detach(),
+                    "approx_kl": ((ratio - 1) - log_ratio).detach().mean(),
+                    "clipfrac": ((ratio - 1).abs() > clip).float().mean(),
+                    "ratio": ratio.detach().mean(),
                     "kl_to_learn": strayed,
                 }
                 train_actor = moved <= args.step_kl
@@ -559,6 +569,7 @@ def ppo_update(args: Args, agent: Agent, optimizer, batch: dict, train_actor: bo
             optimizer.step()
             for name, value in row.items():
                 logs.setdefault(name, []).append(value)
+    logs = {name: [float(value) for value in values] for name, values in logs.items()}
     return {name: float(np.mean(values)) for name, values in logs.items()} | {"updates": len(logs.get("policy_loss", []))}
 
 
@@ -587,29 +598,29 @@ class Reinforce:
         Every environment begins a chunk when the rollout begins, when `execute` actions of its last one are done, and when a new
         episode begins in it.
         """
-        args, env, agent = self.args, self.env, self.agent
+        args, env, agent, device = self.args, self.env, self.agent, self.agent.device
         progress = self.iteration / self.num_iterations
         floor = args.std_start ** (1 - progress) * args.std_end**progress
         shape, size = (args.num_steps, env.num_envs), agent.shape[0] * agent.shape[1]
-        obs, next_obs = obs_buffer(args.num_steps, self.obs), obs_buffer(args.num_steps, self.obs)
-        paths, means = torch.zeros(*shape, args.finetune_steps + 1, size), torch.zeros(*shape, args.finetune_steps, size)
-        decided, rewards, terminated, done = (torch.zeros(shape) for _ in range(4))
+        obs, next_obs = (obs_buffer(args.num_steps, self.obs, device) for _ in range(2))
+        paths, means = (torch.zeros(*shape, args.finetune_steps + more, size, device=device) for more in (1, 0))
+        decided, rewards, terminated, done = (torch.zeros(shape, device=device) for _ in range(4))
         chunks = np.zeros((env.num_envs, *agent.shape), np.float32)
         used = np.full(env.num_envs, args.execute)
         lengths, began = [], time.perf_counter()
         for t in range(args.num_steps):
-            obs[t] = random_shift(to_tensor(self.obs))  # the policy acts on the shifted picture, so that the ratio is of one picture
+            obs[t] = random_shift(to_tensor(self.obs, device))  # the policy acts on the shifted picture, so the ratio is of one picture
             due = np.flatnonzero(used >= args.execute)
             if len(due):
                 paths[t, due], means[t, due] = agent.denoise(obs[t, due], floor)
-                chunks[due] = paths[t, due, -1].reshape(-1, *agent.shape).clamp(-1, 1).numpy()
+                chunks[due] = paths[t, due, -1].reshape(-1, *agent.shape).clamp(-1, 1).cpu().numpy()
                 decided[t, due], used[due] = 1.0, 0
             self.obs, reward, term, trunc, info = env.step(chunks[np.arange(env.num_envs), used])
             ended = term | trunc
             used = np.where(ended, args.execute, used + 1)
-            next_obs[t] = to_tensor(self.obs)
+            next_obs[t] = to_tensor(self.obs, device)
             if ended.any():
-                next_obs[t, ended] = to_tensor(info["final_obs"])[ended]
+                next_obs[t, ended] = to_tensor(info["final_obs"], device)[ended]
             rewards[t], terminated[t], done[t] = (torch.as_tensor(x.astype(np.float32)) for x in (reward, term, ended))
             self.outcomes.extend(term[ended].astype(float))
             lengths += list(info["final_length"][ended]) if ended.any() else []
@@ -617,7 +628,7 @@ class Reinforce:
 
         begun = decided > 0
         ends = torch.cat([begun[1:], torch.ones_like(begun[:1])])  # the last steps of chunks: no others need values
-        values, next_values, obs = torch.zeros(shape), torch.zeros(shape), obs[begun]
+        values, next_values, obs = torch.zeros_like(rewards), torch.zeros_like(rewards), obs[begun]
         with torch.no_grad():
             values[begun] = agent.value(agent.actor.obs_encoder(obs))
             next_values[ends] = agent.value(agent.actor.obs_encoder(next_obs[ends]))
@@ -625,10 +636,10 @@ class Reinforce:
         values = values[begun]
         returns = advantages + values
         if args.train_steps == "all":
-            step = torch.arange(agent.frozen_steps, len(agent.chain)).repeat(len(returns), 1)
+            step = torch.arange(agent.frozen_steps, len(agent.chain), device=device).repeat(len(returns), 1)
         else:
-            step = torch.randint(agent.frozen_steps, len(agent.chain), (len(returns), 1))
-        chosen = torch.arange(len(returns))[:, None], step - agent.frozen_steps
+            step = torch.randint(agent.frozen_steps, len(agent.chain), (len(returns), 1), device=device)
+        chosen = torch.arange(len(returns), device=device)[:, None], step - agent.frozen_steps
         batch = {
             "obs": obs,
             "step": step,
@@ -674,7 +685,7 @@ class Reinforce:
             "history": self.history,
             "outcomes": list(self.outcomes),
             "env": self.env.snapshot(),
-            "torch_rng": torch.get_rng_state(),
+            "torch_rng": rng_state(self.agent.device),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -684,7 +695,7 @@ class Reinforce:
         self.outcomes = deque(state["outcomes"], maxlen=50)
         self.env.restore(state["env"])
         self.obs = self.env.observations()
-        torch.set_rng_state(state["torch_rng"])
+        set_rng_state(state["torch_rng"], self.agent.device)
 
 
 # ---------------------------------------------------------------------------------------------- the whole job
@@ -697,14 +708,15 @@ def main() -> None:
         run = Path(args.resume)
         args = resumed_args(run, "diffusion_ppo", Args)
     validate(args)
+    args = rollout.choose_devices(args)
     torch.set_num_threads(args.torch_threads)
     began, progress = time.time(), Progress()
     task = load_task(args.task, args.assets)
-    progress.say(f"task {task.id}: {task.language}")
+    progress.say(f"task {task.id}: {task.language}; simulator {args.backend}, learner on {args.device}")
     renderer, videos = rollout.find_renderer(args.obs, args.videos, progress)
-    sees = {"obs": args.obs, "image_size": args.image_size}
-    train_env = make_env(task, args.num_envs, seed=args.seed, **sees)
-    eval_env = make_env(task, args.num_envs, seed=args.seed, **sees, autoreset_mode=AutoresetMode.DISABLED)
+    how = {"obs": args.obs, "image_size": args.image_size, "backend": args.backend, "device": args.device}
+    train_env = make_env(task, args.num_envs, seed=args.seed, **how)
+    eval_env = make_env(task, args.num_envs, seed=args.seed, **how, autoreset_mode=AutoresetMode.DISABLED)
     demos, demo_source = rollout.load_demos(args.demos, task, args.num_demos, args.demo_noise, args.seed, progress)
     checkpoint = {"script": "diffusion_ppo", "task": task.id, "stage": "start", "seconds": 0.0}
     if run is None:
@@ -732,7 +744,7 @@ def main() -> None:
 
     # 1. Learn
     torch.manual_seed(args.seed + 1)
-    agent = Agent(args, make_obs_encoder(train_env.single_observation_space))
+    agent = Agent(args, make_obs_encoder(train_env.single_observation_space)).to(args.device)
     policy = ChunkPolicy(agent, args.num_envs, args.execute)
     if checkpoint["stage"] == "start":
         demo_obs = rollout.observe_demos(train_env, demos, progress)

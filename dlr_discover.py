@@ -40,7 +40,7 @@ from common.data import Episode
 from common.env import LiberoVectorEnv, make_env, observe_states
 from common.networks import Normalizer, PixelEncoder, make_obs_encoder, mlp, random_shift
 from common.observations import join, obs_buffer, to_tensor
-from common.runs import Progress, load_checkpoint, make_run, resumed_args, save_checkpoint, versions, write_json
+from common.runs import Progress, load_checkpoint, make_run, resumed_args, rng_state, save_checkpoint, set_rng_state, versions, write_json
 from common.tasks import load_task
 
 
@@ -62,6 +62,10 @@ class Args:
     """parallel environments"""
     torch_threads: int = 2
     """threads of the learner (results are reproducible for a fixed number)"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto (CUDA, if there is a GPU; for few environments with states, cpu may be faster), cpu or cuda"""
+    backend: Literal["auto", "cpu", "warp"] = "auto"
+    """simulator: cpu (all cores), warp (MuJoCo Warp on --device) or auto (warp on a GPU from 256 environments on)"""
     checkpoint_interval: int = 5
     """PPO iterations between checkpoints: what a kill can lose at most"""
     videos: bool = True
@@ -372,10 +376,15 @@ class Agent(nn.Module):
         mean = self.actor(self.inputs(features, z))
         return Normal(mean, self.log_std.clamp(-4.0, 0.5).exp().expand_as(mean))
 
+    @property
+    def device(self) -> torch.device:
+        return self.log_std.device
+
     @torch.no_grad()
     def act(self, obs: np.ndarray | dict, z: np.ndarray) -> np.ndarray:
         """The mean action of each environment, (N, 7) in [-1, 1]."""
-        return self.policy(self.obs_encoder(to_tensor(obs)), torch.as_tensor(z)).mean.clamp(-1, 1).numpy()
+        policy = self.policy(self.obs_encoder(to_tensor(obs, self.device)), torch.as_tensor(z, device=self.device))
+        return policy.mean.clamp(-1, 1).cpu().numpy()
 
     def value(self, features: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """V of features (N, size) and z (N,), (N,). It reads the policy's features and doesn't train them: that would move the policy."""
@@ -401,7 +410,7 @@ def learn(args: Args, agent: Agent, demos: list[np.ndarray | dict], actions: lis
 
     def tensors(mask):
         obs, act, z = zip(*[(o, a, z) for o, a, z, m in zip(demos, actions, labels, mask, strict=True) if m], strict=True)
-        return join(obs), join(act).float(), join(z).long()
+        return join(obs, agent.device), join(act, agent.device).float(), join(z, agent.device).long()
 
     obs, act, z = tensors(~held_out)
     test_obs, test_act, test_z = tensors(held_out if held_out.any() else ~held_out)  # a single demonstration a pattern
@@ -409,17 +418,18 @@ def learn(args: Args, agent: Agent, demos: list[np.ndarray | dict], actions: lis
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.learn_epochs, eta_min=args.learn_lr / 20)
     best, best_loss, best_epoch = copy.deepcopy(agent.state_dict()), math.inf, 0
     for epoch in range(args.learn_epochs):
-        total = 0.0
-        for batch in torch.randperm(len(obs)).split(args.learn_batch):
+        losses, batches = [], torch.randperm(len(obs), device=agent.device).split(args.learn_batch)
+        for batch in batches:
             features = agent.obs_encoder(agent.obs_encoder.augment(obs[batch], args.learn_noise))
             loss = -agent.policy(features, z[batch]).log_prob(act[batch]).sum(-1).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            total += loss.item() * len(batch)
+            losses.append(loss.detach())
         schedule.step()
         with torch.no_grad():
             test_loss = -agent.policy(agent.obs_encoder(test_obs), test_z).log_prob(test_act).sum(-1).mean().item()
+        total = sum(loss.item() * len(batch) for loss, batch in zip(losses, batches, strict=True))
         tick(epoch, {"learn/train_loss": total / len(obs), "learn/held_out_loss": test_loss})
         if test_loss < best_loss:
             best, best_loss, best_epoch = copy.deepcopy(agent.state_dict()), test_loss, epoch
@@ -437,7 +447,7 @@ def gae(rewards, values, next_values, terminated, done, gamma: float, lam: float
     `next_values` are V of the state that followed each action, also where a time limit cut the episode: truncation
     bootstraps, termination doesn't. `done` is either; nothing flows back across it.
     """
-    advantages, last = torch.zeros_like(rewards), torch.zeros(rewards.shape[1])
+    advantages, last = torch.zeros_like(rewards), torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
         delta = rewards[t] + gamma * next_values[t] * (1 - terminated[t]) - values[t]
         last = advantages[t] = delta + gamma * lam * (1 - done[t]) * last
@@ -466,13 +476,13 @@ def ppo_update(args: Args, agent: Agent, optimizer, batch: dict, train_actor: bo
     one pattern's gradient reaches another rests on D_KL(pi_theta || pi_Learn) <= E.
     """
     size = len(batch["obs"])
-    logs: dict[str, list[float]] = {}
+    logs: dict[str, list[torch.Tensor | float]] = {}  # read at the end: a GPU would be waited for
     acted = Normal(batch["mean"], batch["std"])
     for _ in range(args.update_epochs):
-        for rows in torch.randperm(size).split(size // args.num_minibatches):
+        for rows in torch.randperm(size, device=agent.device).split(size // args.num_minibatches):
             features, z = agent.obs_encoder(batch["obs"][rows]), batch["z"][rows]
             value_loss = 0.5 * (agent.value(features, z) - batch["returns"][rows]).square().mean()
-            loss, row = value_loss, {"value_loss": value_loss.item()}
+            loss, row = value_loss, {"value_loss": value_loss.detach()}
             if train_actor:
                 policy = agent.policy(features, z)
                 log_ratio = policy.log_prob(batch["actions"][rows]).sum(-1) - batch["log_probs"][rows]
@@ -482,23 +492,25 @@ def ppo_update(args: Args, agent: Agent, optimizer, batch: dict, train_actor: bo
                 policy_loss = -torch.min(advantages * ratio, advantages * clipped).mean()
                 strayed = gaussian_kl(policy, Normal(batch["learn_mean"][rows], acted.scale[rows])).mean()
                 with torch.no_grad():
-                    moved = gaussian_kl(policy, Normal(acted.loc[rows], acted.scale[rows])).mean().item()
+                    moved = gaussian_kl(policy, Normal(acted.loc[rows], acted.scale[rows])).mean()
+                    moved, distance = torch.stack([moved, strayed]).tolist()  # for the two stops below, in one transfer
                 row |= {
-                    "policy_loss": policy_loss.item(),
-                    "approx_kl": ((ratio - 1) - log_ratio).mean().item(),
-                    "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean().item(),
-                    "ratio": ratio.mean().item(),
-                    "kl_to_learn": strayed.item(),
+                    "policy_loss": policy_loss.detach(),
+                    "approx_kl": ((ratio - 1) - log_ratio).detach().mean(),
+                    "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
+                    "ratio": ratio.detach().mean(),
+                    "kl_to_learn": distance,
                 }
                 train_actor = moved <= args.step_kl
                 if train_actor:
-                    loss = loss + args.kl_coef * strayed + (policy_loss if strayed <= args.target_kl else 0.0)
+                    loss = loss + args.kl_coef * strayed + (policy_loss if distance <= args.target_kl else 0.0)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
             for name, value in row.items():
                 logs.setdefault(name, []).append(value)
+    logs = {name: [float(value) for value in values] for name, values in logs.items()}
     return {name: float(np.mean(values)) for name, values in logs.items()} | {"updates": len(logs.get("policy_loss", []))}
 
 
@@ -536,7 +548,7 @@ class Reinforce:
         self.args, self.env, self.agent, self.encoder = args, env, agent, encoder
         self.alive, self.curriculum = np.array(alive), curriculum
         self.reference = copy.deepcopy(agent).requires_grad_(False)  # the Learn policy
-        self.bonus_encoder = copy.deepcopy(encoder).requires_grad_(args.mi_encoder == "onpolicy")
+        self.bonus_encoder = copy.deepcopy(encoder).requires_grad_(args.mi_encoder == "onpolicy").to(agent.device)
         agent.log_std.requires_grad_(False)
         self.optimizer = torch.optim.Adam(
             [
@@ -570,35 +582,35 @@ class Reinforce:
 
     def run_iteration(self) -> dict[str, float]:
         """Roll out `num_steps` steps in every environment, then update. Returns what to log."""
-        args, env, agent = self.args, self.env, self.agent
+        args, env, agent, device = self.args, self.env, self.agent, self.agent.device
         progress = self.iteration / self.num_iterations
         std = args.std_start ** (1 - progress) * args.std_end**progress
         with torch.no_grad():
             agent.log_std.fill_(math.log(std))
             self.reference.log_std.fill_(math.log(std))
         shape = (args.num_steps, env.num_envs)
-        obs, next_obs = obs_buffer(args.num_steps, self.obs), obs_buffer(args.num_steps, self.obs)
-        actions, means = torch.zeros(*shape, 7), torch.zeros(*shape, 7)
-        z = torch.zeros(shape, dtype=torch.long)
-        log_probs, rewards, terminated, done, bonus = (torch.zeros(shape) for _ in range(5))
+        obs, next_obs = (obs_buffer(args.num_steps, self.obs, device) for _ in range(2))
+        actions, means = (torch.zeros(*shape, 7, device=device) for _ in range(2))
+        z = torch.zeros(shape, dtype=torch.long, device=device)
+        log_probs, rewards, terminated, done, bonus = (torch.zeros(shape, device=device) for _ in range(5))
         lengths, log_k, began = [], math.log(len(self.alive)), time.perf_counter()
         for t in range(args.num_steps):
-            obs[t] = random_shift(to_tensor(self.obs))  # the policy acts on the shifted picture, so that the ratio is of one picture
+            obs[t] = random_shift(to_tensor(self.obs, device))  # the policy acts on the shifted picture, so the ratio is of one picture
             z[t] = torch.as_tensor(self.z)
             with torch.no_grad():
                 policy = agent.policy(agent.obs_encoder(obs[t]), z[t])
                 actions[t], means[t] = policy.sample(), policy.mean
                 log_probs[t] = policy.log_prob(actions[t]).sum(-1)
-            self.obs, reward, term, trunc, info = env.step(actions[t].clamp(-1, 1).numpy())
+            self.obs, reward, term, trunc, info = env.step(actions[t].clamp(-1, 1).cpu().numpy())
             ended = term | trunc
-            next_obs[t] = to_tensor(self.obs)
+            next_obs[t] = to_tensor(self.obs, device)
             if ended.any():
-                next_obs[t, ended] = to_tensor(info["final_obs"])[ended]
+                next_obs[t, ended] = to_tensor(info["final_obs"], device)[ended]
             rewards[t], terminated[t], done[t] = (torch.as_tensor(x.astype(np.float32)) for x in (reward, term, ended))
             if args.mi_coef:
                 with torch.no_grad():  # r_div = log q(z|s) - log p(z)
                     r_div = self.bonus_encoder(next_obs[t]).gather(1, z[t][:, None])[:, 0] + log_k
-                self.bonus_sums += r_div.numpy()
+                self.bonus_sums += r_div.cpu().numpy()
                 bonus[t] = r_div if args.mi_on == "all" else torch.as_tensor(self.bonus_sums * term, dtype=torch.float32)
             for i in np.flatnonzero(ended):
                 self.outcomes[self.z[i]].append(float(term[i]))
@@ -628,7 +640,7 @@ class Reinforce:
         }
         losses = ppo_update(args, agent, self.optimizer, batch, train_actor=self.iteration >= args.critic_warmup)
         if args.mi_coef and args.mi_encoder == "onpolicy":
-            for rows in torch.randperm(len(returns)).split(512):
+            for rows in torch.randperm(len(returns), device=device).split(512):
                 loss = nn.functional.nll_loss(self.bonus_encoder(batch["obs"][rows]), batch["z"][rows])
                 self.bonus_optimizer.zero_grad()
                 loss.backward()
@@ -677,7 +689,7 @@ class Reinforce:
             "bonus_sums": self.bonus_sums,
             "env": self.env.snapshot(),
             "rng": self.rng.bit_generator.state,
-            "torch_rng": torch.get_rng_state(),
+            "torch_rng": rng_state(self.agent.device),
             "curriculum": None if self.curriculum is None else [self.curriculum.progress, self.curriculum.rng.bit_generator.state],
         }
 
@@ -692,7 +704,7 @@ class Reinforce:
             self.curriculum.progress, self.curriculum.rng.bit_generator.state = state["curriculum"]
         self.env.restore(state["env"])
         self.obs = self.env.observations()
-        torch.set_rng_state(state["torch_rng"])
+        set_rng_state(state["torch_rng"], self.agent.device)
 
 
 # ---------------------------------------------------------------------------------------------- the whole job
@@ -705,14 +717,15 @@ def main() -> None:
         run = Path(args.resume)
         args = resumed_args(run, "dlr_discover", Args)
     validate(args)
+    args = rollout.choose_devices(args)
     torch.set_num_threads(args.torch_threads)
     began, progress = time.time(), Progress()
     task = load_task(args.task, args.assets)
-    progress.say(f"task {task.id}: {task.language}")
+    progress.say(f"task {task.id}: {task.language}; simulator {args.backend}, learner on {args.device}")
     renderer, videos = rollout.find_renderer(args.obs, args.videos, progress)
-    sees = {"obs": args.obs, "image_size": args.image_size}
-    train_env = make_env(task, args.num_envs, seed=args.seed, **sees)
-    eval_env = make_env(task, args.num_envs, seed=args.seed, **sees, autoreset_mode=AutoresetMode.DISABLED)
+    how = {"obs": args.obs, "image_size": args.image_size, "backend": args.backend, "device": args.device}
+    train_env = make_env(task, args.num_envs, seed=args.seed, **how)
+    eval_env = make_env(task, args.num_envs, seed=args.seed, **how, autoreset_mode=AutoresetMode.DISABLED)
     demos, demo_source = rollout.load_demos(args.demos, task, args.num_demos, args.demo_noise, args.seed, progress)
     needed = 4 if args.num_patterns == "auto" else args.num_patterns
     if len(demos) < needed:
@@ -770,7 +783,7 @@ def main() -> None:
 
     # 2. Learn
     torch.manual_seed(args.seed + 1)
-    agent = Agent(make_obs_encoder(train_env.single_observation_space), k, args.hidden)
+    agent = Agent(make_obs_encoder(train_env.single_observation_space), k, args.hidden).to(args.device)
     if checkpoint["stage"] == "discover":
         demo_obs = rollout.observe_demos(train_env, demos, progress)
         progress.stage("Learn", args.learn_epochs)

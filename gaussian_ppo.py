@@ -38,7 +38,7 @@ from common.cli import UserError, run_command
 from common.env import LiberoVectorEnv, make_env
 from common.networks import Normalizer, PixelEncoder, make_obs_encoder, mlp, random_shift
 from common.observations import join, obs_buffer, to_tensor
-from common.runs import Progress, load_checkpoint, make_run, resumed_args, save_checkpoint, versions, write_json
+from common.runs import Progress, load_checkpoint, make_run, resumed_args, rng_state, save_checkpoint, set_rng_state, versions, write_json
 from common.tasks import load_task
 
 
@@ -60,6 +60,10 @@ class Args:
     """parallel environments"""
     torch_threads: int = 2
     """threads of the learner (results are reproducible for a fixed number)"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto (CUDA, if there is a GPU; for few environments with states, cpu may be faster), cpu or cuda"""
+    backend: Literal["auto", "cpu", "warp"] = "auto"
+    """simulator: cpu (all cores), warp (MuJoCo Warp on --device) or auto (warp on a GPU from 256 environments on)"""
     checkpoint_interval: int = 5
     """PPO iterations between checkpoints: what a kill can lose at most"""
     videos: bool = True
@@ -166,10 +170,14 @@ class Agent(nn.Module):
         mean = self.actor(features)
         return Normal(mean, self.log_std.clamp(-4.0, 0.5).exp().expand_as(mean))
 
+    @property
+    def device(self) -> torch.device:
+        return self.log_std.device
+
     @torch.no_grad()
     def act(self, obs: np.ndarray | dict, patterns: np.ndarray) -> np.ndarray:
         """The mean action of each environment, (N, 7) in [-1, 1]. `patterns`, which `common.rollout` commands, has no meaning here."""
-        return self.policy(self.obs_encoder(to_tensor(obs))).mean.clamp(-1, 1).numpy()
+        return self.policy(self.obs_encoder(to_tensor(obs, self.device))).mean.clamp(-1, 1).cpu().numpy()
 
     def value(self, features: torch.Tensor) -> torch.Tensor:
         """V of features (N, size), (N,). It reads the policy's features and doesn't train them: that would move the policy."""
@@ -191,7 +199,7 @@ def learn(args: Args, agent: Agent, demos: list[np.ndarray | dict], actions: lis
 
     def tensors(mask):
         obs, act = zip(*[(o, a) for o, a, m in zip(demos, actions, mask, strict=True) if m], strict=True)
-        return join(obs), join(act).float()
+        return join(obs, agent.device), join(act, agent.device).float()
 
     obs, act = tensors(~held_out)
     test_obs, test_act = tensors(held_out if held_out.any() else ~held_out)  # a single demonstration
@@ -199,17 +207,18 @@ def learn(args: Args, agent: Agent, demos: list[np.ndarray | dict], actions: lis
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.learn_epochs, eta_min=args.learn_lr / 20)
     best, best_loss, best_epoch = copy.deepcopy(agent.state_dict()), math.inf, 0
     for epoch in range(args.learn_epochs):
-        total = 0.0
-        for batch in torch.randperm(len(obs)).split(args.learn_batch):
+        losses, batches = [], torch.randperm(len(obs), device=agent.device).split(args.learn_batch)
+        for batch in batches:
             features = agent.obs_encoder(agent.obs_encoder.augment(obs[batch], args.learn_noise))
             loss = -agent.policy(features).log_prob(act[batch]).sum(-1).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            total += loss.item() * len(batch)
+            losses.append(loss.detach())
         schedule.step()
         with torch.no_grad():
             test_loss = -agent.policy(agent.obs_encoder(test_obs)).log_prob(test_act).sum(-1).mean().item()
+        total = sum(loss.item() * len(batch) for loss, batch in zip(losses, batches, strict=True))
         tick(epoch, {"learn/train_loss": total / len(obs), "learn/held_out_loss": test_loss})
         if test_loss < best_loss:
             best, best_loss, best_epoch = copy.deepcopy(agent.state_dict()), test_loss, epoch
@@ -227,7 +236,7 @@ def gae(rewards, values, next_values, terminated, done, gamma: float, lam: float
     `next_values` are V of the state that followed each action, also where a time limit cut the episode: truncation
     bootstraps, termination doesn't. `done` is either; nothing flows back across it.
     """
-    advantages, last = torch.zeros_like(rewards), torch.zeros(rewards.shape[1])
+    advantages, last = torch.zeros_like(rewards), torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
         delta = rewards[t] + gamma * next_values[t] * (1 - terminated[t]) - values[t]
         last = advantages[t] = delta + gamma * lam * (1 - done[t]) * last
@@ -246,13 +255,13 @@ def ppo_update(args: Args, agent: Agent, optimizer, batch: dict, train_actor: bo
     policy, whose mean actions are `learn_mean`, is only logged.
     """
     size = len(batch["obs"])
-    logs: dict[str, list[float]] = {}
+    logs: dict[str, list[torch.Tensor | float]] = {}  # read at the end: a GPU would be waited for
     acted = Normal(batch["mean"], batch["std"])
     for _ in range(args.update_epochs):
-        for rows in torch.randperm(size).split(size // args.num_minibatches):
+        for rows in torch.randperm(size, device=agent.device).split(size // args.num_minibatches):
             features = agent.obs_encoder(batch["obs"][rows])
             value_loss = 0.5 * (agent.value(features) - batch["returns"][rows]).square().mean()
-            loss, row = value_loss, {"value_loss": value_loss.item()}
+            loss, row = value_loss, {"value_loss": value_loss.detach()}
             if train_actor:
                 policy = agent.policy(features)
                 log_ratio = policy.log_prob(batch["actions"][rows]).sum(-1) - batch["log_probs"][rows]
@@ -264,11 +273,11 @@ def ppo_update(args: Args, agent: Agent, optimizer, batch: dict, train_actor: bo
                     strayed = gaussian_kl(policy, Normal(batch["learn_mean"][rows], acted.scale[rows])).mean()
                     moved = gaussian_kl(policy, Normal(acted.loc[rows], acted.scale[rows])).mean().item()
                 row |= {
-                    "policy_loss": policy_loss.item(),
-                    "approx_kl": ((ratio - 1) - log_ratio).mean().item(),
-                    "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean().item(),
-                    "ratio": ratio.mean().item(),
-                    "kl_to_learn": strayed.item(),
+                    "policy_loss": policy_loss.detach(),
+                    "approx_kl": ((ratio - 1) - log_ratio).detach().mean(),
+                    "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
+                    "ratio": ratio.detach().mean(),
+                    "kl_to_learn": strayed,
                 }
                 train_actor = moved <= args.step_kl
                 if train_actor:
@@ -279,6 +288,7 @@ def ppo_update(args: Args, agent: Agent, optimizer, batch: dict, train_actor: bo
             optimizer.step()
             for name, value in row.items():
                 logs.setdefault(name, []).append(value)
+    logs = {name: [float(value) for value in values] for name, values in logs.items()}
     return {name: float(np.mean(values)) for name, values in logs.items()} | {"updates": len(logs.get("policy_loss", []))}
 
 
@@ -305,28 +315,28 @@ class Reinforce:
 
     def run_iteration(self) -> dict[str, float]:
         """Roll out `num_steps` steps in every environment, then update. Returns what to log."""
-        args, env, agent = self.args, self.env, self.agent
+        args, env, agent, device = self.args, self.env, self.agent, self.agent.device
         progress = self.iteration / self.num_iterations
         std = args.std_start ** (1 - progress) * args.std_end**progress
         with torch.no_grad():
             agent.log_std.fill_(math.log(std))
             self.reference.log_std.fill_(math.log(std))
         shape = (args.num_steps, env.num_envs)
-        obs, next_obs = obs_buffer(args.num_steps, self.obs), obs_buffer(args.num_steps, self.obs)
-        actions, means = torch.zeros(*shape, 7), torch.zeros(*shape, 7)
-        log_probs, rewards, terminated, done = (torch.zeros(shape) for _ in range(4))
+        obs, next_obs = (obs_buffer(args.num_steps, self.obs, device) for _ in range(2))
+        actions, means = (torch.zeros(*shape, 7, device=device) for _ in range(2))
+        log_probs, rewards, terminated, done = (torch.zeros(shape, device=device) for _ in range(4))
         lengths, began = [], time.perf_counter()
         for t in range(args.num_steps):
-            obs[t] = random_shift(to_tensor(self.obs))  # the policy acts on the shifted picture, so that the ratio is of one picture
+            obs[t] = random_shift(to_tensor(self.obs, device))  # the policy acts on the shifted picture, so the ratio is of one picture
             with torch.no_grad():
                 policy = agent.policy(agent.obs_encoder(obs[t]))
                 actions[t], means[t] = policy.sample(), policy.mean
                 log_probs[t] = policy.log_prob(actions[t]).sum(-1)
-            self.obs, reward, term, trunc, info = env.step(actions[t].clamp(-1, 1).numpy())
+            self.obs, reward, term, trunc, info = env.step(actions[t].clamp(-1, 1).cpu().numpy())
             ended = term | trunc
-            next_obs[t] = to_tensor(self.obs)
+            next_obs[t] = to_tensor(self.obs, device)
             if ended.any():
-                next_obs[t, ended] = to_tensor(info["final_obs"])[ended]
+                next_obs[t, ended] = to_tensor(info["final_obs"], device)[ended]
             rewards[t], terminated[t], done[t] = (torch.as_tensor(x.astype(np.float32)) for x in (reward, term, ended))
             self.outcomes.extend(term[ended].astype(float))
             lengths += list(info["final_length"][ended]) if ended.any() else []
@@ -380,7 +390,7 @@ class Reinforce:
             "history": self.history,
             "outcomes": list(self.outcomes),
             "env": self.env.snapshot(),
-            "torch_rng": torch.get_rng_state(),
+            "torch_rng": rng_state(self.agent.device),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -390,7 +400,7 @@ class Reinforce:
         self.outcomes = deque(state["outcomes"], maxlen=50)
         self.env.restore(state["env"])
         self.obs = self.env.observations()
-        torch.set_rng_state(state["torch_rng"])
+        set_rng_state(state["torch_rng"], self.agent.device)
 
 
 # ---------------------------------------------------------------------------------------------- the whole job
@@ -403,14 +413,15 @@ def main() -> None:
         run = Path(args.resume)
         args = resumed_args(run, "gaussian_ppo", Args)
     validate(args)
+    args = rollout.choose_devices(args)
     torch.set_num_threads(args.torch_threads)
     began, progress = time.time(), Progress()
     task = load_task(args.task, args.assets)
-    progress.say(f"task {task.id}: {task.language}")
+    progress.say(f"task {task.id}: {task.language}; simulator {args.backend}, learner on {args.device}")
     renderer, videos = rollout.find_renderer(args.obs, args.videos, progress)
-    sees = {"obs": args.obs, "image_size": args.image_size}
-    train_env = make_env(task, args.num_envs, seed=args.seed, **sees)
-    eval_env = make_env(task, args.num_envs, seed=args.seed, **sees, autoreset_mode=AutoresetMode.DISABLED)
+    how = {"obs": args.obs, "image_size": args.image_size, "backend": args.backend, "device": args.device}
+    train_env = make_env(task, args.num_envs, seed=args.seed, **how)
+    eval_env = make_env(task, args.num_envs, seed=args.seed, **how, autoreset_mode=AutoresetMode.DISABLED)
     demos, demo_source = rollout.load_demos(args.demos, task, args.num_demos, args.demo_noise, args.seed, progress)
     checkpoint = {"script": "gaussian_ppo", "task": task.id, "stage": "start", "seconds": 0.0}
     if run is None:
@@ -438,7 +449,7 @@ def main() -> None:
 
     # 1. Learn
     torch.manual_seed(args.seed + 1)
-    agent = Agent(make_obs_encoder(train_env.single_observation_space), args.hidden)
+    agent = Agent(make_obs_encoder(train_env.single_observation_space), args.hidden).to(args.device)
     if checkpoint["stage"] == "start":
         demo_obs = rollout.observe_demos(train_env, demos, progress)
         progress.stage("Learn", args.learn_epochs)

@@ -140,9 +140,10 @@ def random_shift(obs: torch.Tensor | TensorDict, pad: int = 4) -> torch.Tensor |
         return obs
     shifted = dict(obs.tensors)
     for name in (name for name in shifted if name.endswith("_rgb")):
-        number, height, width, _ = shifted[name].shape
-        down, right = torch.randint(-pad, pad + 1, (2, number, 1))
-        rows = (torch.arange(height) - down).clamp(0, height - 1)  # (N, H) where each row comes from
-        columns = (torch.arange(width) - right).clamp(0, width - 1)
-        shifted[name] = shifted[name][torch.arange(number)[:, None, None], rows[:, :, None], columns[:, None, :]]
+        pictures = shifted[name]
+        (number, height, width, _), on = pictures.shape, {"device": pictures.device}
+        down, right = torch.randint(-pad, pad + 1, (2, number, 1), **on)
+        rows = (torch.arange(height, **on) - down).clamp(0, height - 1)  # (N, H) where each row comes from
+        columns = (torch.arange(width, **on) - right).clamp(0, width - 1)
+        shifted[name] = pictures[torch.arange(number, **on)[:, None, None], rows[:, :, None], columns[:, None, :]]
     return TensorDict(shifted)

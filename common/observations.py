@@ -106,20 +106,22 @@ class TensorDict:
         return TensorDict({name: x.flatten(start, end) for name, x in self.tensors.items()})
 
 
-def to_tensor(obs: np.ndarray | dict[str, np.ndarray]) -> torch.Tensor | TensorDict:
-    """Observations as an environment returns them -> tensors of the same shapes and types."""
-    return TensorDict({name: torch.as_tensor(x) for name, x in obs.items()}) if isinstance(obs, dict) else torch.as_tensor(obs)
-
-
-def join(obs: Sequence[np.ndarray] | Sequence[dict[str, np.ndarray]]) -> torch.Tensor | TensorDict:
-    """Batches of observations, one after the other, as tensors."""
-    if isinstance(obs[0], dict):
-        return TensorDict({name: join([x[name] for x in obs]) for name in obs[0]})
-    return torch.as_tensor(np.concatenate(obs))
-
-
-def obs_buffer(num_steps: int, obs: np.ndarray | dict[str, np.ndarray]) -> torch.Tensor | TensorDict:
-    """Zeros in which `num_steps` batches of observations like `obs` find room, (num_steps, num_envs, ...)."""
+def to_tensor(obs: np.ndarray | dict[str, np.ndarray], device: torch.device | None = None) -> torch.Tensor | TensorDict:
+    """Observations as an environment returns them -> tensors of the same shapes and types, on `device` (default CPU)."""
     if isinstance(obs, dict):
-        return TensorDict({name: obs_buffer(num_steps, x) for name, x in obs.items()})
-    return torch.zeros((num_steps, *obs.shape), dtype=torch.as_tensor(obs).dtype)
+        return TensorDict({name: torch.as_tensor(x, device=device) for name, x in obs.items()})
+    return torch.as_tensor(obs, device=device)
+
+
+def join(obs: Sequence[np.ndarray] | Sequence[dict[str, np.ndarray]], device: torch.device | None = None) -> torch.Tensor | TensorDict:
+    """Batches of observations, one after the other, as tensors on `device` (default CPU)."""
+    if isinstance(obs[0], dict):
+        return TensorDict({name: join([x[name] for x in obs], device) for name in obs[0]})
+    return torch.as_tensor(np.concatenate(obs), device=device)
+
+
+def obs_buffer(num_steps: int, obs: np.ndarray | dict[str, np.ndarray], device: torch.device | None = None) -> torch.Tensor | TensorDict:
+    """Zeros on `device` in which `num_steps` batches of observations like `obs` find room, (num_steps, num_envs, ...)."""
+    if isinstance(obs, dict):
+        return TensorDict({name: obs_buffer(num_steps, x, device) for name, x in obs.items()})
+    return torch.zeros((num_steps, *obs.shape), dtype=torch.as_tensor(obs).dtype, device=device)

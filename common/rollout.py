@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
 from common import metrics, plots
 from common.cli import UserError
 from common.data import Episode, Recorder, read_episodes, write_episodes
-from common.env import LiberoVectorEnv, StateObservation, observe_states
+from common.env import LiberoVectorEnv, StateObservation, choose_backend, observe_states
 from common.observations import PixelEnv
 from common.runs import Progress, versions
 from common.tasks import Task, find_human_demos
@@ -18,6 +21,21 @@ from common.tasks import Task, find_human_demos
 # Observations (as the environment returns them), patterns (N,) -> actions (N, 7). A policy that remembers (that is amid a chunk of
 # actions) also has `begin(envs)`, which is called as new episodes begin in the environments `envs` (n,).
 Policy = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def choose_devices(args: Any) -> Any:
+    """The script's arguments with what `auto` means on this machine in the place of --device and --backend.
+
+    --device cpu takes the simulator off the GPU, too: --backend warp then runs on Warp's CPU device, which is for tests. So without
+    a GPU, `auto` isn't enough for it.
+    """
+    cuda = torch.cuda.is_available()
+    if not cuda and (args.device == "cuda" or (args.device == "auto" and args.backend == "warp")):
+        flag = "--device cuda" if args.device == "cuda" else "--backend warp"
+        raise UserError(f"{flag}: torch finds no GPU here; use --device cpu --backend cpu, or install torch's CUDA build and a driver")
+    device = "cuda" if cuda and args.device != "cpu" else "cpu"
+    pictures = args.obs == "pixels" and args.backend == "auto"  # Warp's worlds have none so far
+    return dataclasses.replace(args, device=device, backend="cpu" if pictures else choose_backend(args.backend, args.num_envs, device))
 
 
 def load_demos(demos: str, task: Task, num_demos: int, noise: float, seed: int, progress: Progress) -> tuple[list[Episode], str]:

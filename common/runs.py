@@ -113,7 +113,7 @@ def save_checkpoint(path: Path, content: dict) -> None:
 def load_checkpoint(path: Path, script: str) -> dict:
     """Read a checkpoint of `script` without running any code in it."""
     try:
-        content = torch.load(path, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)  # modules and optimizers take it to their own device
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: the run was stopped before its first checkpoint; start it again") from error
     except Exception as error:  # torch raises many kinds on foreign and truncated files
@@ -123,6 +123,19 @@ def load_checkpoint(path: Path, script: str) -> dict:
         other = content.get("script") if isinstance(content, dict) else None
         raise UserError(f"{path} is a checkpoint of {other or 'another program'}, not of {script}")
     return content
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Torch's random streams that work on `device` draws from, for a checkpoint."""
+    cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state()} | cuda
+
+
+def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Go on with the streams of `rng_state`."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 class Progress:

@@ -16,8 +16,10 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
+import diffusion_ppo
 import dlr_discover
 import gaussian_ppo
+from common import rollout
 from common.cli import UserError, run_command
 from common.data import check_file, read_attrs, read_episodes
 from common.env import make_env
@@ -66,11 +68,40 @@ CHAIN = {"actor_lr", "clip_coef", "std_start"}  # what has another size or meani
 def test_shared_options_are_the_same_in_every_script(script, other, excepted):
     mine, theirs = options(script), options(other)
     shared = mine.keys() & theirs.keys()
-    assert len(shared) >= 30 and excepted <= shared
+    assert len(shared) >= 32 and excepted | {"device", "backend"} <= shared
     assert {name for name in shared if mine[name] != theirs[name]} == excepted
     assert {name for name in shared if mine[name][0] != theirs[name][0]} <= {"actor_lr", "clip_coef"}
     if script == "gaussian_ppo":
         assert mine.keys() <= theirs.keys()  # it has nothing of its own
+
+
+@pytest.mark.parametrize(
+    "gpu, given, chosen",
+    [
+        (False, {}, ("cpu", "cpu")),
+        (False, {"num_envs": 4096}, ("cpu", "cpu")),
+        (False, {"device": "cpu", "backend": "warp"}, ("cpu", "warp")),  # for tests
+        (True, {}, ("cuda", "cpu")),  # few environments
+        (True, {"backend": "warp"}, ("cuda", "warp")),
+        (True, {"device": "cuda", "backend": "cpu", "num_envs": 4096}, ("cuda", "cpu")),
+        (True, {"device": "cpu", "num_envs": 4096}, ("cpu", "cpu")),
+        (True, {"obs": "pixels", "num_envs": 4096}, ("cuda", "cpu")),  # Warp's worlds have no pictures
+    ],
+)
+def test_what_auto_means(monkeypatch, gpu, given, chosen):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    args = rollout.choose_devices(Args(**given))
+    assert (args.device, args.backend) == chosen
+    assert dataclasses.replace(args, device="auto", backend="auto") == dataclasses.replace(Args(**given), device="auto", backend="auto")
+    assert rollout.choose_devices(args) == args  # so that a resumed run is where it was
+
+
+@pytest.mark.parametrize("script", [dlr_discover, gaussian_ppo, diffusion_ppo], ids=lambda script: script.__name__)
+def test_no_gpu_to_learn_on(capsys, tmp_path, monkeypatch, script):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for flags in ("--device cuda", "--backend warp"):
+        line = refused(script, capsys, tmp_path, "--run-folder", tmp_path / "runs", *flags.split())
+        assert f"{flags}: torch finds no GPU here" in line
 
 
 # ---------------------------------------------------------------------------------------------- Learn

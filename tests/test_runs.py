@@ -22,7 +22,7 @@ from common import rollout, runs
 from common.cli import UserError, atomic_path, run_command
 from common.data import check_file, read_attrs
 from common.env import make_env
-from common.runs import Progress, load_checkpoint, make_run, resumed_args, save_checkpoint, versions, write_json
+from common.runs import Progress, load_checkpoint, make_run, resumed_args, rng_state, save_checkpoint, set_rng_state, versions, write_json
 
 
 @dataclasses.dataclass
@@ -112,7 +112,7 @@ def test_checkpoint_round_trip_is_exact(tmp_path):
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "rng": generator.bit_generator.state,  # 128-bit integers
-        "torch_rng": torch.get_rng_state(),
+        "torch_rng": rng_state(torch.device("cpu")),
         "array": np.array([np.pi, np.nan]),
         "mixed": [1, (2.5, None), "text", np.float64(1 / 3), np.int64(-7), np.bool_(True)],
     }
@@ -123,7 +123,7 @@ def test_checkpoint_round_trip_is_exact(tmp_path):
     again = np.random.default_rng(0)
     again.bit_generator.state = loaded["rng"]
     np.testing.assert_array_equal(again.normal(size=4), expected)
-    torch.set_rng_state(loaded["torch_rng"])
+    set_rng_state(loaded["torch_rng"], torch.device("cpu"))
     assert torch.equal(torch.rand(4), noise)
     np.testing.assert_array_equal(loaded["array"].numpy(), [np.pi, np.nan])
     assert loaded["mixed"] == [1, (2.5, None), "text", 1 / 3, -7, True]
