@@ -457,7 +457,41 @@ def axis_angle(quat_wxyz: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- the environment
 
 
-class LiberoVectorEnv(VectorEnv):
+class LiberoEnv(VectorEnv):
+    """What both backends share, whatever simulates: spaces, limits, and checks of what they are given."""
+
+    def __init__(self, task: Task, num_envs: int, settle_steps: int, max_steps: int | None, autoreset_mode: AutoresetMode):
+        if autoreset_mode not in (AutoresetMode.SAME_STEP, AutoresetMode.DISABLED):
+            raise ValueError("autoreset_mode is SAME_STEP or DISABLED")
+        self.task, self.num_envs, self.settle_steps = task, num_envs, settle_steps
+        self.max_steps = task.max_steps if max_steps is None else max_steps
+        self.autoreset_mode = autoreset_mode
+        self.metadata = {"autoreset_mode": autoreset_mode, "render_fps": 20}
+        self.observe = StateObservation(task)
+        self.obs_layout = self.observe.layout
+        self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (self.observe.size,), np.float32)
+        self.single_action_space = gym.spaces.Box(-1.0, 1.0, (7,), np.float32)
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
+
+    def _checked_indices(self, indices) -> np.ndarray:
+        """Indices of official init states, one or one for each environment -> (num_envs,) int64; ValueError if there is no such state."""
+        indices = np.broadcast_to(np.asarray(indices, np.int64), (self.num_envs,))
+        if indices.min() < 0 or indices.max() >= len(self.task.init_states):
+            raise ValueError(f"init_state indices run from 0 to {len(self.task.init_states) - 1}")
+        return indices
+
+    def _checked_states(self, states: np.ndarray, envs: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """The environments meant by `envs` (None: all), and their states (n, 1 + nq + nv) float64; ValueError for another shape."""
+        envs = np.arange(self.num_envs) if envs is None else np.asarray(envs)
+        states = np.asarray(states, np.float64)
+        width = 1 + self.task.model.nq + self.task.model.nv
+        if states.shape != (len(envs), width):
+            raise ValueError(f"states must have shape {(len(envs), width)}, not {states.shape}")
+        return envs, states
+
+
+class LiberoVectorEnv(LiberoEnv):
     """A LIBERO task as `gymnasium.vector.VectorEnv` on CPU cores.
 
     Actions (num_envs, 7) in [-1, 1]: hand translation (0.05 m full scale) and rotation (axis-angle, 0.5 rad full scale) in
@@ -479,18 +513,7 @@ class LiberoVectorEnv(VectorEnv):
         autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP,
         num_threads: int | None = None,
     ):
-        if autoreset_mode not in (AutoresetMode.SAME_STEP, AutoresetMode.DISABLED):
-            raise ValueError("autoreset_mode is SAME_STEP or DISABLED")
-        self.task, self.num_envs, self.settle_steps = task, num_envs, settle_steps
-        self.max_steps = task.max_steps if max_steps is None else max_steps
-        self.autoreset_mode = autoreset_mode
-        self.metadata = {"autoreset_mode": autoreset_mode, "render_fps": 20}
-        self.observe = StateObservation(task)
-        self.obs_layout = self.observe.layout
-        self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (self.observe.size,), np.float32)
-        self.single_action_space = gym.spaces.Box(-1.0, 1.0, (7,), np.float32)
-        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
-        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
+        super().__init__(task, num_envs, settle_steps, max_steps, autoreset_mode)
         self._np_random = np.random.default_rng(seed)
         self._settled: dict[tuple[str, int], tuple[np.ndarray, ...]] = {}
 
@@ -529,9 +552,7 @@ class LiberoVectorEnv(VectorEnv):
         options = options or {}
         mask = np.asarray(options.get("reset_mask", np.ones(self.num_envs, bool)), bool)
         if (indices := options.get("init_state")) is not None:
-            indices = np.broadcast_to(np.asarray(indices, np.int64), (self.num_envs,))
-            if indices.min() < 0 or indices.max() >= len(self.task.init_states):
-                raise ValueError(f"init_state indices run from 0 to {len(self.task.init_states) - 1}")
+            indices = self._checked_indices(indices)
         self._reset(np.flatnonzero(mask), indices)
         return self._observations(), {"state_index": self._state_indices.copy()}
 
@@ -571,11 +592,7 @@ class LiberoVectorEnv(VectorEnv):
         close (-1 open, 1 closed); without it they start in the middle, as after LIBERO's reset. `envs` (n,) indices: only
         these environments, with n states.
         """
-        envs = np.arange(self.num_envs) if envs is None else np.asarray(envs)
-        states = np.asarray(states, np.float64)
-        width = 1 + self.task.model.nq + self.task.model.nv
-        if states.shape != (len(envs), width):
-            raise ValueError(f"states must have shape {(len(envs), width)}, not {states.shape}")
+        envs, states = self._checked_states(states, envs)
         for row, i in enumerate(envs):
             self._load(i, states[row], 0.0 if gripper is None else float(gripper[row]))
         self._elapsed[envs] = 0

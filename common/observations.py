@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from gymnasium.vector import VectorEnv, VectorWrapper
 
+from common.data import PROPRIO as STORED
 from common.env import proprioception
 from common.render import make_renderer
 from common.tasks import Task
 
-PROPRIO = {"ee_pos": 3, "ee_quat": 4, "gripper_states": 2}  # LIBERO's names; m, xyzw, m
+PROPRIO = {name: STORED[name] for name in ("ee_pos", "ee_quat", "gripper_states")}  # m, xyzw, m
 
 
 class PixelObservation:

@@ -18,12 +18,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from common.cli import UserError
+from common.data import PROPRIO as STORED
 from common.data import read_attrs, require_sound
 from common.tasks import resolve, task_names
 
 CAMERAS = {"agentview_rgb": "agentview", "eye_in_hand_rgb": "robot0_eye_in_hand"}  # as files and as models call them
-PROPRIO = {"ee_pos": 3, "ee_ori": 3, "gripper_states": 2}  # LeRobot's observation.state: m, axis-angle rad, m
-PROPRIO_SIZE, ACTION_SIZE = 8, 7
+PROPRIO = {name: STORED[name] for name in ("ee_pos", "ee_ori", "gripper_states")}  # LeRobot's observation.state: m, axis-angle rad, m
+PROPRIO_SIZE, ACTION_SIZE = sum(PROPRIO.values()), 7
 _DAMAGE = (OSError, RuntimeError, KeyError, ValueError)  # what h5py raises on damaged bytes
 
 

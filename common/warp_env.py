@@ -16,10 +16,9 @@ import logging
 import time
 from collections.abc import Sequence
 
-import gymnasium as gym
 import mujoco
 import numpy as np
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode
 
 from common.cli import UserError
 from common.env import (
@@ -29,8 +28,8 @@ from common.env import (
     NO_OP,
     NULL_KP,
     SUBSTEPS,
+    LiberoEnv,
     LiberoVectorEnv,
-    StateObservation,
     _goal_table,
     _mass_addresses,
     axis_angle,
@@ -630,7 +629,7 @@ def find_device(device: str | None) -> wp.Device:
 # ---------------------------------------------------------------------------------------------- the environment
 
 
-class LiberoWarpEnv(VectorEnv):
+class LiberoWarpEnv(LiberoEnv):
     """A LIBERO task as `gymnasium.vector.VectorEnv` on a GPU: `common.env.LiberoVectorEnv`'s interface and semantics.
 
     What differs: physics is in single precision; training resets are drawn on the device from (seed, world, episode); an episode
@@ -659,19 +658,8 @@ class LiberoWarpEnv(VectorEnv):
         nconmax: int | None = None,
         njmax: int | None = None,
     ):
-        if autoreset_mode not in (AutoresetMode.SAME_STEP, AutoresetMode.DISABLED):
-            raise ValueError("autoreset_mode is SAME_STEP or DISABLED")
-        self.device = find_device(device)
-        self.task, self.num_envs, self.settle_steps, self.tensors = task, num_envs, settle_steps, tensors
-        self.max_steps = task.max_steps if max_steps is None else max_steps
-        self.autoreset_mode = autoreset_mode
-        self.metadata = {"autoreset_mode": autoreset_mode, "render_fps": 20}
-        self.observe = StateObservation(task)
-        self.obs_layout = self.observe.layout
-        self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (self.observe.size,), np.float32)
-        self.single_action_space = gym.spaces.Box(-1.0, 1.0, (7,), np.float32)
-        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
-        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
+        super().__init__(task, num_envs, settle_steps, max_steps, autoreset_mode)
+        self.device, self.tensors = find_device(device), tensors
 
         default = contact_sizes(task)
         self.sizes = Sizes(nconmax or default.nconmax, njmax or default.njmax)
@@ -772,9 +760,7 @@ class LiberoWarpEnv(VectorEnv):
         mask = np.asarray(_host(options.get("reset_mask", np.ones(self.num_envs, bool))), bool)
         official = np.full(self.num_envs, -1)
         if (indices := options.get("init_state")) is not None:
-            official = np.broadcast_to(np.asarray(_host(indices), np.int64), (self.num_envs,))
-            if official.min() < 0 or official.max() >= len(self.task.init_states):
-                raise ValueError(f"init_state indices run from 0 to {len(self.task.init_states) - 1}")
+            official = self._checked_indices(_host(indices))
         with wp.ScopedDevice(self.device), self._stream():
             if seed is not None:
                 self._seed(seed)
@@ -813,11 +799,8 @@ class LiberoWarpEnv(VectorEnv):
 
     def set_state(self, states: np.ndarray, gripper: np.ndarray | None = None, envs: np.ndarray | None = None) -> None:
         """As `LiberoVectorEnv.set_state`."""
-        envs = np.arange(self.num_envs) if envs is None else np.asarray(envs)
-        states = np.asarray(states, np.float64)
-        nq, width = self.task.model.nq, 1 + self.task.model.nq + self.task.model.nv
-        if states.shape != (len(envs), width):
-            raise ValueError(f"states must have shape {(len(envs), width)}, not {states.shape}")
+        envs, states = self._checked_states(states, envs)
+        nq = self.task.model.nq
         told = np.zeros(len(envs)) if gripper is None else np.asarray(gripper, np.float64)
         memory, data = self._memory, self.data
         for array, rows in (
