@@ -68,6 +68,8 @@ class Args:
     """PPO iterations between checkpoints: what a kill can lose at most"""
     videos: bool = True
     """a video, where pictures can be rendered"""
+    corpus_images: int = 0
+    """also store pictures of so many pixels a side in the corpus, agentview's and the wrist's (0: none; common.render adds them later)"""
     obs: Literal["state", "pixels"] = "state"
     """what the policy sees: the simulator's state, or the third-person picture and proprioception"""
     image_size: int = 84
@@ -139,6 +141,7 @@ def validate(args: Args) -> None:
     rules = [
         (lambda v: v >= 1, "at least 1", counts),
         (lambda v: 32 <= v <= 512, "between 32 and 512", "image_size"),
+        (lambda v: v == 0 or 32 <= v <= 512, "0 or between 32 and 512", "corpus_images"),
         (lambda v: v > 0, "more than 0", "learn_lr actor_lr critic_lr clip_coef max_grad_norm step_kl"),
         (lambda v: 0.02 <= v <= 1.5, "between 0.02 and 1.5", "std_start std_end"),  # what Agent.policy clamps to, at least
         (lambda v: 0 <= v < math.inf, "at least 0", "seed demo_noise learn_noise learn_patience critic_warmup"),
@@ -418,7 +421,7 @@ def main() -> None:
     began, progress = time.time(), Progress()
     task = load_task(args.task, args.assets)
     progress.say(f"task {task.id}: {task.language}; simulator {args.backend}, learner on {args.device}")
-    renderer, videos = rollout.find_renderer(args.obs, args.videos, progress)
+    renderer, videos = rollout.find_renderer(args.obs, args.videos, args.corpus_images, progress)
     how = {"obs": args.obs, "image_size": args.image_size, "backend": args.backend, "device": args.device}
     train_env = make_env(task, args.num_envs, seed=args.seed, **how)
     eval_env = make_env(task, args.num_envs, seed=args.seed, **how, autoreset_mode=AutoresetMode.DISABLED)
@@ -493,7 +496,8 @@ def main() -> None:
     features = rollout.path_features(task, corpus)
     distances = metrics.pairwise_dtw(features)
     within, between = metrics.within_between(distances, patterns)
-    rollout.write_corpus(run, task, corpus, "gaussian_ppo", demo_source)
+    consistency = rollout.measure_consistency(eval_env, agent.act, [0], args.demo_noise, args.seed + 5, progress)
+    rollout.write_corpus(run, task, corpus, "gaussian_ppo", demo_source, args.corpus_images, args.assets, progress)
     rollout.plot_corpus(run, task, features, patterns, distances)
     history = np.array([[0.0, learn_success], *checkpoint["history"]])
     plots.plot_success(run / "figures" / "success.png", history[:, 0], history[:, 1:], [(0, "Reinforce")], task.language)
@@ -505,6 +509,7 @@ def main() -> None:
         "per_pattern": per_pattern,
         "diversity": metrics.diversity(features) | {"dtw_within": within, "dtw_between": between},
         "smoothness": metrics.smoothness([e.proprio["ee_pos"] for e in corpus], [e.actions for e in corpus]),
+        "consistency": consistency,
         "stages": {"learn": learn_success, "reinforce": success},
         "corpus_episodes": len(corpus),
         "env_steps": checkpoint["env_steps"],

@@ -24,6 +24,7 @@ import tyro
 from common import metrics, plots, rollout
 from common.cli import UserError, atomic_path, run_command
 from common.data import Episode, read_episodes
+from common.demonstrator import collect, strategies
 from common.runs import Progress, write_json
 from common.tasks import Task, load_task
 
@@ -35,7 +36,8 @@ COLUMNS = {
     "mean_acceleration": ("acceleration (m/s^2)", "{:.2f}"),
     "action_variation": ("action variation (a step)", "{:.2f}"),
     "steps": ("steps to success", "{:.0f}"),
-    "consistency": ("dispersion within a pattern (m)", "{:.3f}"),
+    "consistency": ("dispersion from the same start (m)", "{:.3f}"),
+    "within_pattern": ("dispersion within a pattern (m)", "{:.3f}"),
     "mean_pairwise_distance": ("mean pairwise distance (m)", "{:.2f}"),
     "dtw": ("mean DTW distance (m)", "{:.3f}"),
     "path_length_variance": ("path-length variance (m^2)", "{:.3f}"),
@@ -133,8 +135,19 @@ def measure(task: Task, episodes: list[Episode]) -> dict[str, float]:
     values = metrics.smoothness([e.proprio["ee_pos"] for e in episodes], actions) | metrics.diversity(features)
     values |= metrics.coverage([e.proprio["ee_pos"] for e in episodes], actions, samples=steps)
     values["dtw"] = float(distances[np.triu_indices(len(distances), 1)].mean()) if len(distances) > 1 else float("nan")
-    values["consistency"] = metrics.consistency(features, patterns_of(episodes))
+    values["within_pattern"] = metrics.consistency(features, patterns_of(episodes))
     return {name: values[name] for name in COLUMNS if name in values}
+
+
+def demonstrator_consistency(task: Task, noise: float) -> float:
+    """`rollout.measure_consistency` of the scripted demonstrator, a pattern being a strategy."""
+    pairs, repeats = rollout.SAME_START
+    ways = len(strategies(task))
+    states = range(-(-pairs // ways))
+    episodes = collect(task, ways * len(states) * repeats, noise=noise, keep_failures=True, init_states=states)
+    episodes = [e for e in episodes if e.success]
+    groups = [(e.attrs["strategy_index"], e.attrs["init_state"]) for e in episodes]
+    return metrics.consistency(rollout.path_features(task, episodes), groups)
 
 
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
@@ -167,10 +180,12 @@ def main() -> None:
     demos, source = rollout.load_demos(first["demos"], task, first["num_demos"], first["demo_noise"], first["seed"], Progress())
     size = min(len(demos), *(len(run.corpus) for run in runs))
     shown = {"demonstrations": equal_numbers(demos, size)}
-    rows: dict[str, list[dict[str, float]]] = {f"demonstrations, {source}": [measure(task, shown["demonstrations"])]}
+    known = {"consistency": demonstrator_consistency(task, first["demo_noise"])} if source == "scripted" else {}
+    rows: dict[str, list[dict[str, float]]] = {f"demonstrations, {source}": [known | measure(task, shown["demonstrations"])]}
     for script in SCRIPTS:
         for run in (run for run in runs if run.script == script):
             known = {"success_rate": run.summary["success_rate"], "env_steps": run.summary["env_steps"]}
+            known["consistency"] = run.summary.get("consistency")  # not in runs of older versions
             known["wall_minutes"] = run.summary["wall_seconds"] / 60
             chosen = equal_numbers(run.corpus, size)
             shown.setdefault(script, chosen)

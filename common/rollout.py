@@ -148,11 +148,52 @@ def collect_corpus(
     return sorted(corpus, key=lambda e: e.attrs["pattern"])
 
 
-def write_corpus(run: Path, task: Task, corpus: list[Episode], script: str, demos: str) -> None:
-    """Write RUN/corpus.hdf5 in LIBERO's layout, with where it comes from."""
+class Disturbed:
+    """A policy under the scripted demonstrator's noise: Gaussian, on the first six numbers of each action."""
+
+    def __init__(self, policy: Policy, noise: float, seed: int):
+        self.policy, self.noise, self.rng = policy, noise, np.random.default_rng(seed)
+
+    def begin(self, envs: np.ndarray) -> None:
+        if hasattr(self.policy, "begin"):
+            self.policy.begin(envs)
+
+    def __call__(self, obs: np.ndarray | dict, patterns: np.ndarray) -> np.ndarray:
+        actions = self.policy(obs, patterns).copy()
+        actions[:, :6] += self.noise * self.rng.standard_normal((len(actions), 6))
+        return actions.clip(-1, 1)
+
+
+SAME_START = 20, 4  # consistency is measured on so many pairs (pattern, official init state) or a few more, each rolled out so often
+
+
+def measure_consistency(
+    env: LiberoVectorEnv, policy: Policy, patterns: Sequence[int], noise: float, seed: int, progress: Progress
+) -> float:
+    """`metrics.consistency` of rollouts from the same init state with the same pattern, in m; lower is more consistent.
+
+    The policies that are evaluated are deterministic, so what parts the rollouts is action noise (standard deviation `noise`), the
+    same for every policy as for the scripted demonstrator: it measures how firmly a policy comes back to its way.
+    """
+    pairs, repeats = SAME_START
+    states = min(-(-pairs // len(patterns)), len(env.task.init_states))
+    jobs = [(z, i) for z in patterns for i in range(states) for _ in range(repeats)]
+    progress.stage("consistency", len(jobs))
+    episodes = [e for e in roll_out(env, Disturbed(policy, noise, seed), jobs, lambda e: progress.update(1)) if e.success]
+    return metrics.consistency(path_features(env.task, episodes), [(e.attrs["pattern"], e.attrs["init_state"]) for e in episodes])
+
+
+def write_corpus(
+    run: Path, task: Task, corpus: list[Episode], script: str, demos: str, image_size: int, assets: str | None, progress: Progress
+) -> None:
+    """Write RUN/corpus.hdf5 in LIBERO's layout, with where it comes from, and with pictures if `image_size` isn't 0."""
     attrs = {"script": script, "assets": task.assets, "demos": demos}
     attrs |= {f"version_{name.replace('-', '_')}": value for name, value in versions().items()}
     write_episodes(run / "corpus.hdf5", corpus, task, attrs)
+    if image_size:
+        from common import render
+
+        render.add_images(run / "corpus.hdf5", image_size, assets=assets, progress=progress)
 
 
 def trajectory_observations(task: Task, episode: Episode) -> np.ndarray:
@@ -175,20 +216,22 @@ def plot_corpus(run: Path, task: Task, features: list[np.ndarray], patterns: Seq
     plots.plot_map(run / "figures" / "map.png", features, patterns, task.language)
 
 
-def find_renderer(obs: str, videos: bool, progress: Progress) -> tuple[str | None, bool]:
+def find_renderer(obs: str, videos: bool, corpus_images: int, progress: Progress) -> tuple[str | None, bool]:
     """The renderer that pictures will come from (None: there will be none), and whether videos can be made; before the work starts.
 
-    If `videos` are wanted and not possible, the reason is said. Pictures that the policy is to see are not up to choice:
-    `make_env` raises UserError where they are not possible.
+    If `videos` are wanted and not possible, the reason is said. Pictures for the policy or the corpus are not up to choice:
+    UserError where they are not possible (of the policy's, from `make_env`).
     """
     possible = False
-    if videos:
+    if videos or corpus_images:
         from common import render
 
         possible, reason = render.available()
+        if not possible and corpus_images:
+            raise UserError(f"--corpus-images: {reason}")
         if not possible:
             progress.say(f"no videos: {reason}")
-    return "warp" if possible or obs == "pixels" else None, possible
+    return "warp" if possible or obs == "pixels" else None, possible and videos
 
 
 def make_videos(run: Path, task: Task, corpus: list[Episode], renderer: str, progress: Progress) -> None:

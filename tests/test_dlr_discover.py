@@ -729,7 +729,7 @@ def test_whole_job_leaves_a_corpus_and_its_account(finished, drawer_task, demos)
 
     summary = json.loads((finished / "summary.json").read_text())
     documented = {"task", "success_rate", "per_pattern", "diversity", "smoothness", "env_steps", "wall_seconds", "demos", "assets"}
-    assert documented | {"leakage", "recovery", "stages"} <= summary.keys()
+    assert documented | {"consistency", "leakage", "recovery", "stages"} <= summary.keys()
     assert summary["task"] == drawer_task.id and summary["env_steps"] == 640 and summary["alive"] == summary["num_patterns"] == 2
     assert [row["pattern"] for row in summary["per_pattern"]] == [0, 1]
     assert all(row["episodes"] == 2 and row.keys() >= {"success_rate", "mean_length"} for row in summary["per_pattern"])

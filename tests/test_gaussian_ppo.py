@@ -442,7 +442,7 @@ def check_whole_job(run: Path, name: str, task, demos, iterations: int) -> dict:
     assert corpus and all(e.success and e.attrs["source"] == name and e.attrs["pattern"] == 0 for e in corpus)
     summary = json.loads((run / "summary.json").read_text())
     documented = {"task", "success_rate", "per_pattern", "diversity", "smoothness", "env_steps", "wall_seconds", "demos", "assets"}
-    assert documented | {"stages", "corpus_episodes"} <= summary.keys()
+    assert documented | {"consistency", "stages", "corpus_episodes"} <= summary.keys()
     assert summary["task"] == task.id and summary["env_steps"] == 64 * iterations and summary["corpus_episodes"] == len(corpus)
     (row,) = summary["per_pattern"]
     assert row["pattern"] == 0 and row["episodes"] == 2 and row["success_rate"] == summary["success_rate"] == summary["stages"]["reinforce"]

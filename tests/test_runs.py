@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import io
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -20,7 +21,7 @@ from gymnasium.vector import AutoresetMode
 
 from common import rollout, runs
 from common.cli import UserError, atomic_path, run_command
-from common.data import check_file, read_attrs
+from common.data import check_file, image_names, read_attrs
 from common.env import make_env
 from common.runs import Progress, load_checkpoint, make_run, resumed_args, rng_state, save_checkpoint, set_rng_state, versions, write_json
 
@@ -326,7 +327,8 @@ def test_corpus_is_successes_from_training_resets(short_env, drawer_task, tmp_pa
     again, other = collect(7), collect(8)
     assert all(np.array_equal(a.states, b.states) for a, b in zip(corpus, again, strict=True))
     assert not all(np.array_equal(a.states[0], b.states[0]) for a, b in zip(corpus, other, strict=True))
-    rollout.write_corpus(tmp_path, drawer_task, corpus, "dlr_discover", "scripted")
+    rollout.write_corpus(tmp_path, drawer_task, corpus, "dlr_discover", "scripted", 32, None, Progress(interval=1e9))
+    assert image_names(tmp_path / "corpus.hdf5") == ["agentview_rgb", "eye_in_hand_rgb"]
     assert check_file(tmp_path / "corpus.hdf5", drawer_task) == []
     attrs = read_attrs(tmp_path / "corpus.hdf5")
     assert attrs["script"] == "dlr_discover" and attrs["demos"] == "scripted" and attrs["version_mujoco"] == versions()["mujoco"]
@@ -334,6 +336,21 @@ def test_corpus_is_successes_from_training_resets(short_env, drawer_task, tmp_pa
     for e, x in zip(corpus, features, strict=True):
         assert len(x) == e.length
         np.testing.assert_array_equal(x[:, :3], e.proprio["ee_pos"])
+
+
+def test_consistency_is_the_dispersion_that_action_noise_makes(short_env):
+    policy = drawer_pusher(short_env)
+
+    def measure(noise):
+        return rollout.measure_consistency(short_env, policy, [1], noise, 3, Progress(interval=1e9))
+
+    assert measure(0.0) < 1e-9 < measure(0.1) < 0.01  # two steps of up to a few mm
+    assert math.isnan(rollout.measure_consistency(short_env, policy, [0], 0.1, 3, Progress(interval=1e9)))  # no success
+
+
+def test_noise_leaves_the_gripper_alone():
+    noisy = rollout.Disturbed(lambda obs, patterns: np.tile([0.0, 0, 0, 0, 0, 1, -1], (4000, 1)), 0.1, 0)(None, None)
+    assert noisy[:, :5].std(0) == pytest.approx(0.1, rel=0.05) and (noisy[:, 6] == -1).all() and noisy.max() <= 1
 
 
 def test_observations_of_stored_states_are_those_of_the_rollout(short_env, drawer_task):
