@@ -6,14 +6,18 @@
 set -euo pipefail
 
 python=${1:-python3}
-root=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
+root=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d "${TMPDIR:-/tmp}/bare-machine.XXXXXX")
 case $work/ in "$root"/*) echo "error: TMPDIR is inside the checkout" >&2; exit 2 ;; esac
 if [ "${KEEP:-0}" = 1 ]; then echo "in $work"; else trap 'rm -rf "$work"' EXIT; fi
 mkdir "$work/home" "$work/tmp" "$work/checkout"
-git -C "$root" ls-files -z | while IFS= read -r -d '' file; do # as they are now, if git still has them on disk
-    [ -e "$root/$file" ] && printf '%s\0' "$file"
-done | tar -C "$root" --null -T - -cf - | tar -C "$work/checkout" -xf -
+if git -C "$root" rev-parse --verify -q HEAD >/dev/null 2>&1; then
+    git -C "$root" ls-files -z | while IFS= read -r -d '' file; do # as they are now, if git still has them on disk
+        [ -e "$root/$file" ] && printf '%s\0' "$file"
+    done
+else # a machine without git, or an unpacked archive: everything there is
+    (cd "$root" && find . -type f -not -path './.git/*' -not -path './.venv/*' -not -path './runs/*' -print0)
+fi | tar -C "$root" --null -T - -cf - | tar -C "$work/checkout" -xf -
 "$python" -m venv "$work/venv"
 
 # Of the environment only what pip needs to reach an index; nothing that points to LIBERO, a display or a GL library.

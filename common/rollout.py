@@ -164,7 +164,7 @@ class Disturbed:
         return actions.clip(-1, 1)
 
 
-SAME_START = 20, 4  # consistency is measured on so many pairs (pattern, official init state) or a few more, each rolled out so often
+SAME_START = 10, 4  # consistency is measured on so many pairs (pattern, official init state) or a few more, each rolled out so often
 
 
 def measure_consistency(
