@@ -22,7 +22,7 @@ import dataclasses
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -37,7 +37,7 @@ from torch.utils.tensorboard import SummaryWriter
 from common import metrics, plots, rollout
 from common.cli import UserError, run_command
 from common.env import LiberoVectorEnv, make_env
-from common.networks import Normalizer, PixelEncoder, layer_init, make_obs_encoder, mlp, random_shift
+from common.networks import Normalizer, PixelEncoder, compiled, layer_init, make_obs_encoder, mlp, random_shift
 from common.observations import TensorDict, join, obs_buffer, to_tensor
 from common.runs import Progress, load_checkpoint, make_run, resumed_args, rng_state, save_checkpoint, set_rng_state, versions, write_json
 from common.tasks import load_task
@@ -65,6 +65,8 @@ class Args:
     """auto (CUDA, if there is a GPU; for few environments with states, cpu may be faster), cpu or cuda"""
     backend: Literal["auto", "cpu", "warp"] = "auto"
     """simulator: cpu (all cores), warp (MuJoCo Warp on --device) or auto (warp on a GPU from 256 environments on)"""
+    compile: bool = False
+    """compile acting and PPO's losses (CUDA)"""
     checkpoint_interval: int = 5
     """PPO iterations between checkpoints: what a kill can lose at most"""
     videos: bool = True
@@ -522,6 +524,30 @@ def denoising_weights(args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     return discounts, args.clip_coef_noisy + (args.clip_coef - args.clip_coef_noisy) * growth
 
 
+def ppo_losses(args: Args, agent: Agent, weights: Sequence[torch.Tensor], batch: dict, train_actor: bool) -> dict[str, torch.Tensor]:
+    """A minibatch's `value_loss`, and if `train_actor` also its `policy_loss` and, averaged like the log-probability, the KL to the
+    policy that acted (`moved`) and to Learn's (`pull`). `weights`: `denoising_weights`, on the device."""
+    features = agent.actor.obs_encoder(batch["obs"])
+    row = {"value_loss": 0.5 * (agent.value(features) - batch["returns"]).square().mean()}
+    if train_actor:
+        mean = agent.means(agent.actor, features, batch["x"], batch["step"])
+        log_ratio = log_prob(batch["next_x"], mean, batch["std"]) - batch["log_probs"]
+        ratio = log_ratio.exp()  # (minibatch, S)
+        discount, clip = (w[batch["step"] - agent.frozen_steps] for w in weights)
+        advantages = batch["advantages"][:, None] * discount
+        clipped = torch.maximum(torch.minimum(ratio, 1 + clip), 1 - clip)
+        row["policy_loss"] = -torch.min(advantages * ratio, advantages * clipped).mean()
+        row["pull"] = ((mean - batch["learn_mean"]) / batch["std"][..., None]).square().mean() / 2
+        with torch.no_grad():
+            row |= {
+                "moved": ((mean - batch["mean"]) / batch["std"][..., None]).square().mean() / 2,
+                "approx_kl": ((ratio - 1) - log_ratio).mean(),
+                "clipfrac": ((ratio - 1).abs() > clip).float().mean(),
+                "ratio": ratio.mean(),
+            }
+    return row
+
+
 def ppo_update(args: Args, agent: Agent, optimizer, batch: dict, train_actor: bool) -> dict[str, float]:
     """One PPO update (Schulman et al. 2017) over S denoising steps of M chunks.
 
@@ -533,45 +559,29 @@ def ppo_update(args: Args, agent: Agent, optimizer, batch: dict, train_actor: bo
     policy exceeds `target_kl` it is only pulled back. Both are the KL of all trained steps of a chain, which is no less than that
     of the chunks it leads to, in nats per executed action.
     """
-    size = len(batch["obs"])
-    logs: dict[str, list[torch.Tensor | float]] = {}  # read at the end: a GPU would be waited for
-    discounts, clips = (weights.to(agent.device) for weights in denoising_weights(args))
+    size, losses = len(batch["obs"]), compiled(ppo_losses, args.compile)
+    logs: dict[str, list[torch.Tensor]] = {}  # read at the end: a GPU would be waited for
+    weights = [x.to(agent.device) for x in denoising_weights(args)]
+    nats = args.finetune_steps * math.prod(agent.shape) / args.execute  # from such an average to the chain's KL per executed action
     for _ in range(args.update_epochs):
         for rows in torch.randperm(size, device=agent.device).split(size // args.num_minibatches):
-            b = {name: value[rows] for name, value in batch.items()}
-            features = agent.actor.obs_encoder(b["obs"])
-            value_loss = 0.5 * (agent.value(features) - b["returns"]).square().mean()
-            loss, row = value_loss, {"value_loss": value_loss.detach()}
+            row = losses(args, agent, weights, {name: value[rows] for name, value in batch.items()}, train_actor)
+            loss = row["value_loss"]
             if train_actor:
-                mean = agent.means(agent.actor, features, b["x"], b["step"])
-                log_ratio = log_prob(b["next_x"], mean, b["std"]) - b["log_probs"]
-                ratio = log_ratio.exp()  # (minibatch, S)
-                trained = b["step"] - agent.frozen_steps
-                advantages, clip = b["advantages"][:, None] * discounts[trained], clips[trained]
-                clipped = torch.maximum(torch.minimum(ratio, 1 + clip), 1 - clip)
-                policy_loss = -torch.min(advantages * ratio, advantages * clipped).mean()
-                pull = ((mean - b["learn_mean"]) / b["std"][..., None]).square().mean() / 2  # KL, averaged like the log-probability
-                with torch.no_grad():
-                    nats = args.finetune_steps * mean.shape[-1] / args.execute  # from such an average to the chain's KL per executed action
-                    moved = ((mean - b["mean"]) / b["std"][..., None]).square().mean()
-                    moved, strayed = torch.stack([moved, pull]).tolist()  # for the two stops below, in one transfer
-                    moved, strayed = nats * moved / 2, nats * strayed
-                row |= {
-                    "policy_loss": policy_loss.detach(),
-                    "approx_kl": ((ratio - 1) - log_ratio).detach().mean(),
-                    "clipfrac": ((ratio - 1).abs() > clip).float().mean(),
-                    "ratio": ratio.detach().mean(),
-                    "kl_to_learn": strayed,
-                }
+                moved, pull = row.pop("moved"), row.pop("pull")
+                row["kl_to_learn"] = nats * pull.detach().double()
+                moved, strayed = (nats * x for x in torch.stack([moved, pull.detach()]).tolist())  # the one time that a GPU is waited for
                 train_actor = moved <= args.step_kl
                 if train_actor:
-                    loss = loss + args.kl_coef * pull + (policy_loss if strayed <= args.target_kl else 0.0)
+                    loss = loss + args.kl_coef * pull + (row["policy_loss"] if strayed <= args.target_kl else 0.0)
             optimizer.zero_grad()
             loss.backward()
+            if not train_actor:  # a compiled backward leaves zeros, and Adam would still move the policy
+                agent.actor.zero_grad()
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
             for name, value in row.items():
-                logs.setdefault(name, []).append(value)
+                logs.setdefault(name, []).append(value.detach().clone())  # a CUDA graph writes to the same place again
     logs = {name: [float(value) for value in values] for name, values in logs.items()}
     return {name: float(np.mean(values)) for name, values in logs.items()} | {"updates": len(logs.get("policy_loss", []))}
 
@@ -610,12 +620,12 @@ class Reinforce:
         decided, rewards, terminated, done = (torch.zeros(shape, device=device) for _ in range(4))
         chunks = np.zeros((env.num_envs, *agent.shape), np.float32)
         used = np.full(env.num_envs, args.execute)
-        lengths, began = [], time.perf_counter()
+        lengths, denoise, began = [], compiled(Agent.denoise, args.compile), time.perf_counter()
         for t in range(args.num_steps):
             obs[t] = random_shift(to_tensor(self.obs, device))  # the policy acts on the shifted picture, so the ratio is of one picture
             due = np.flatnonzero(used >= args.execute)
             if len(due):
-                paths[t, due], means[t, due] = agent.denoise(obs[t, due], floor)
+                paths[t, due], means[t, due] = denoise(agent, obs[t, due], floor)
                 chunks[due] = paths[t, due, -1].reshape(-1, *agent.shape).clamp(-1, 1).cpu().numpy()
                 decided[t, due], used[due] = 1.0, 0
             self.obs, reward, term, trunc, info = env.step(chunks[np.arange(env.num_envs), used])

@@ -38,8 +38,8 @@ from common import metrics, plots, rollout
 from common.cli import UserError, run_command
 from common.data import Episode
 from common.env import LiberoVectorEnv, make_env, observe_states
-from common.networks import Normalizer, PixelEncoder, make_obs_encoder, mlp, random_shift
-from common.observations import join, obs_buffer, to_tensor
+from common.networks import Normalizer, PixelEncoder, compiled, make_obs_encoder, mlp, random_shift
+from common.observations import TensorDict, join, obs_buffer, to_tensor
 from common.runs import Progress, load_checkpoint, make_run, resumed_args, rng_state, save_checkpoint, set_rng_state, versions, write_json
 from common.tasks import load_task
 
@@ -66,6 +66,8 @@ class Args:
     """auto (CUDA, if there is a GPU; for few environments with states, cpu may be faster), cpu or cuda"""
     backend: Literal["auto", "cpu", "warp"] = "auto"
     """simulator: cpu (all cores), warp (MuJoCo Warp on --device) or auto (warp on a GPU from 256 environments on)"""
+    compile: bool = False
+    """compile acting and PPO's losses (CUDA)"""
     checkpoint_interval: int = 5
     """PPO iterations between checkpoints: what a kill can lose at most"""
     videos: bool = True
@@ -389,6 +391,13 @@ class Agent(nn.Module):
         policy = self.policy(self.obs_encoder(to_tensor(obs, self.device)), torch.as_tensor(z, device=self.device))
         return policy.mean.clamp(-1, 1).cpu().numpy()
 
+    @torch.no_grad()
+    def sample(self, obs: torch.Tensor | TensorDict, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """For observations (N, ...) and z (N,) actions (N, 7), the policy's means (N, 7), and the actions' log-probabilities (N,)."""
+        policy = self.policy(self.obs_encoder(obs), z)
+        actions = policy.sample()
+        return actions, policy.mean, policy.log_prob(actions).sum(-1)
+
     def value(self, features: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """V of features (N, size) and z (N,), (N,). It reads the policy's features and doesn't train them: that would move the policy."""
         return self.critic(self.inputs(features.detach(), z)).squeeze(-1)
@@ -471,6 +480,28 @@ def gaussian_kl(p: Normal, q: Normal) -> torch.Tensor:
     return torch.distributions.kl_divergence(p, q).sum(-1)
 
 
+def ppo_losses(args: Args, agent: Agent, batch: dict, train_actor: bool) -> dict[str, torch.Tensor]:
+    """A minibatch's `value_loss`, and if `train_actor` also its `policy_loss` and, for the stops and the log, how far the policy is
+    (nats) from the one that acted (`moved`) and from Learn's (`kl_to_learn`)."""
+    features, z = agent.obs_encoder(batch["obs"]), batch["z"]
+    row = {"value_loss": 0.5 * (agent.value(features, z) - batch["returns"]).square().mean()}
+    if train_actor:
+        policy = agent.policy(features, z)
+        log_ratio = policy.log_prob(batch["actions"]).sum(-1) - batch["log_probs"]
+        ratio, advantages = log_ratio.exp(), batch["advantages"]
+        clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+        row["policy_loss"] = -torch.min(advantages * ratio, advantages * clipped).mean()
+        row["kl_to_learn"] = gaussian_kl(policy, Normal(batch["learn_mean"], batch["std"])).mean()
+        with torch.no_grad():
+            row |= {
+                "moved": gaussian_kl(policy, Normal(batch["mean"], batch["std"])).mean(),
+                "approx_kl": ((ratio - 1) - log_ratio).mean(),
+                "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
+                "ratio": ratio.mean(),
+            }
+    return row
+
+
 def ppo_update(args: Args, agent: Agent, optimizer, batch: dict, train_actor: bool) -> dict[str, float]:
     """One PPO update (Schulman et al. 2017) on a flattened rollout: obs, z, actions, log_probs, mean, std, advantages, returns.
 
@@ -478,41 +509,26 @@ def ppo_update(args: Args, agent: Agent, optimizer, batch: dict, train_actor: bo
     Learn policy, whose mean actions are `learn_mean`, exceeds `target_kl` it is only pulled back: Theorem 1's bound on how much of
     one pattern's gradient reaches another rests on D_KL(pi_theta || pi_Learn) <= E.
     """
-    size = len(batch["obs"])
-    logs: dict[str, list[torch.Tensor | float]] = {}  # read at the end: a GPU would be waited for
-    acted = Normal(batch["mean"], batch["std"])
+    size, losses = len(batch["obs"]), compiled(ppo_losses, args.compile)
+    logs: dict[str, list[torch.Tensor]] = {}  # read at the end: a GPU would be waited for
     for _ in range(args.update_epochs):
         for rows in torch.randperm(size, device=agent.device).split(size // args.num_minibatches):
-            features, z = agent.obs_encoder(batch["obs"][rows]), batch["z"][rows]
-            value_loss = 0.5 * (agent.value(features, z) - batch["returns"][rows]).square().mean()
-            loss, row = value_loss, {"value_loss": value_loss.detach()}
-            if train_actor:
-                policy = agent.policy(features, z)
-                log_ratio = policy.log_prob(batch["actions"][rows]).sum(-1) - batch["log_probs"][rows]
-                ratio = log_ratio.exp()
-                advantages = batch["advantages"][rows]
-                clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-                policy_loss = -torch.min(advantages * ratio, advantages * clipped).mean()
-                strayed = gaussian_kl(policy, Normal(batch["learn_mean"][rows], acted.scale[rows])).mean()
-                with torch.no_grad():
-                    moved = gaussian_kl(policy, Normal(acted.loc[rows], acted.scale[rows])).mean()
-                    moved, distance = torch.stack([moved, strayed]).tolist()  # for the two stops below, in one transfer
-                row |= {
-                    "policy_loss": policy_loss.detach(),
-                    "approx_kl": ((ratio - 1) - log_ratio).detach().mean(),
-                    "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
-                    "ratio": ratio.detach().mean(),
-                    "kl_to_learn": distance,
-                }
+            row = losses(args, agent, {name: value[rows] for name, value in batch.items()}, train_actor)
+            loss = row["value_loss"]
+            if train_actor:  # the one time that a GPU is waited for
+                moved, strayed = torch.stack([row.pop("moved"), row["kl_to_learn"].detach()]).tolist()
                 train_actor = moved <= args.step_kl
                 if train_actor:
-                    loss = loss + args.kl_coef * strayed + (policy_loss if distance <= args.target_kl else 0.0)
+                    loss = loss + args.kl_coef * row["kl_to_learn"] + (row["policy_loss"] if strayed <= args.target_kl else 0.0)
             optimizer.zero_grad()
             loss.backward()
+            if not train_actor:  # a compiled backward leaves zeros, and Adam would still move the policy
+                for parameter in optimizer.param_groups[0]["params"]:
+                    parameter.grad = None
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
             for name, value in row.items():
-                logs.setdefault(name, []).append(value)
+                logs.setdefault(name, []).append(value.detach().clone())  # a CUDA graph writes to the same place again
     logs = {name: [float(value) for value in values] for name, values in logs.items()}
     return {name: float(np.mean(values)) for name, values in logs.items()} | {"updates": len(logs.get("policy_loss", []))}
 
@@ -596,14 +612,12 @@ class Reinforce:
         actions, means = (torch.zeros(*shape, 7, device=device) for _ in range(2))
         z = torch.zeros(shape, dtype=torch.long, device=device)
         log_probs, rewards, terminated, done, bonus = (torch.zeros(shape, device=device) for _ in range(5))
-        lengths, log_k, began = [], math.log(len(self.alive)), time.perf_counter()
+        lengths, log_k, sample = [], math.log(len(self.alive)), compiled(Agent.sample, args.compile)
+        began = time.perf_counter()
         for t in range(args.num_steps):
             obs[t] = random_shift(to_tensor(self.obs, device))  # the policy acts on the shifted picture, so the ratio is of one picture
             z[t] = torch.as_tensor(self.z)
-            with torch.no_grad():
-                policy = agent.policy(agent.obs_encoder(obs[t]), z[t])
-                actions[t], means[t] = policy.sample(), policy.mean
-                log_probs[t] = policy.log_prob(actions[t]).sum(-1)
+            actions[t], means[t], log_probs[t] = sample(agent, obs[t], z[t])
             self.obs, reward, term, trunc, info = env.step(actions[t].clamp(-1, 1).cpu().numpy())
             ended = term | trunc
             next_obs[t] = to_tensor(self.obs, device)

@@ -36,8 +36,8 @@ from torch.utils.tensorboard import SummaryWriter
 from common import metrics, plots, rollout
 from common.cli import UserError, run_command
 from common.env import LiberoVectorEnv, make_env
-from common.networks import Normalizer, PixelEncoder, make_obs_encoder, mlp, random_shift
-from common.observations import join, obs_buffer, to_tensor
+from common.networks import Normalizer, PixelEncoder, compiled, make_obs_encoder, mlp, random_shift
+from common.observations import TensorDict, join, obs_buffer, to_tensor
 from common.runs import Progress, load_checkpoint, make_run, resumed_args, rng_state, save_checkpoint, set_rng_state, versions, write_json
 from common.tasks import load_task
 
@@ -64,6 +64,8 @@ class Args:
     """auto (CUDA, if there is a GPU; for few environments with states, cpu may be faster), cpu or cuda"""
     backend: Literal["auto", "cpu", "warp"] = "auto"
     """simulator: cpu (all cores), warp (MuJoCo Warp on --device) or auto (warp on a GPU from 256 environments on)"""
+    compile: bool = False
+    """compile acting and PPO's losses (CUDA)"""
     checkpoint_interval: int = 5
     """PPO iterations between checkpoints: what a kill can lose at most"""
     videos: bool = True
@@ -182,6 +184,13 @@ class Agent(nn.Module):
         """The mean action of each environment, (N, 7) in [-1, 1]. `patterns`, which `common.rollout` commands, has no meaning here."""
         return self.policy(self.obs_encoder(to_tensor(obs, self.device))).mean.clamp(-1, 1).cpu().numpy()
 
+    @torch.no_grad()
+    def sample(self, obs: torch.Tensor | TensorDict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """For observations (N, ...) actions (N, 7), the policy's means (N, 7), and the actions' log-probabilities (N,)."""
+        policy = self.policy(self.obs_encoder(obs))
+        actions = policy.sample()
+        return actions, policy.mean, policy.log_prob(actions).sum(-1)
+
     def value(self, features: torch.Tensor) -> torch.Tensor:
         """V of features (N, size), (N,). It reads the policy's features and doesn't train them: that would move the policy."""
         return self.critic(features.detach()).squeeze(-1)
@@ -251,46 +260,53 @@ def gaussian_kl(p: Normal, q: Normal) -> torch.Tensor:
     return torch.distributions.kl_divergence(p, q).sum(-1)
 
 
+def ppo_losses(args: Args, agent: Agent, batch: dict, train_actor: bool) -> dict[str, torch.Tensor]:
+    """A minibatch's `value_loss`, and if `train_actor` also its `policy_loss` and, for the stops and the log, how far the policy is
+    (nats) from the one that acted (`moved`) and from Learn's (`kl_to_learn`)."""
+    features = agent.obs_encoder(batch["obs"])
+    row = {"value_loss": 0.5 * (agent.value(features) - batch["returns"]).square().mean()}
+    if train_actor:
+        policy = agent.policy(features)
+        log_ratio = policy.log_prob(batch["actions"]).sum(-1) - batch["log_probs"]
+        ratio, advantages = log_ratio.exp(), batch["advantages"]
+        clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+        row["policy_loss"] = -torch.min(advantages * ratio, advantages * clipped).mean()
+        with torch.no_grad():
+            row |= {
+                "kl_to_learn": gaussian_kl(policy, Normal(batch["learn_mean"], batch["std"])).mean(),
+                "moved": gaussian_kl(policy, Normal(batch["mean"], batch["std"])).mean(),
+                "approx_kl": ((ratio - 1) - log_ratio).mean(),
+                "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
+                "ratio": ratio.mean(),
+            }
+    return row
+
+
 def ppo_update(args: Args, agent: Agent, optimizer, batch: dict, train_actor: bool) -> dict[str, float]:
     """One PPO update (Schulman et al. 2017) on a flattened rollout: obs, actions, log_probs, mean, std, advantages, returns.
 
     The actor stops for this rollout when it has moved `step_kl` from the policy that acted. How far it has come from the Learn
     policy, whose mean actions are `learn_mean`, is only logged.
     """
-    size = len(batch["obs"])
-    logs: dict[str, list[torch.Tensor | float]] = {}  # read at the end: a GPU would be waited for
-    acted = Normal(batch["mean"], batch["std"])
+    size, losses = len(batch["obs"]), compiled(ppo_losses, args.compile)
+    logs: dict[str, list[torch.Tensor]] = {}  # read at the end: a GPU would be waited for
     for _ in range(args.update_epochs):
         for rows in torch.randperm(size, device=agent.device).split(size // args.num_minibatches):
-            features = agent.obs_encoder(batch["obs"][rows])
-            value_loss = 0.5 * (agent.value(features) - batch["returns"][rows]).square().mean()
-            loss, row = value_loss, {"value_loss": value_loss.detach()}
+            row = losses(args, agent, {name: value[rows] for name, value in batch.items()}, train_actor)
+            loss = row["value_loss"]
             if train_actor:
-                policy = agent.policy(features)
-                log_ratio = policy.log_prob(batch["actions"][rows]).sum(-1) - batch["log_probs"][rows]
-                ratio = log_ratio.exp()
-                advantages = batch["advantages"][rows]
-                clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-                policy_loss = -torch.min(advantages * ratio, advantages * clipped).mean()
-                with torch.no_grad():
-                    strayed = gaussian_kl(policy, Normal(batch["learn_mean"][rows], acted.scale[rows])).mean()
-                    moved = gaussian_kl(policy, Normal(acted.loc[rows], acted.scale[rows])).mean().item()
-                row |= {
-                    "policy_loss": policy_loss.detach(),
-                    "approx_kl": ((ratio - 1) - log_ratio).detach().mean(),
-                    "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
-                    "ratio": ratio.detach().mean(),
-                    "kl_to_learn": strayed,
-                }
-                train_actor = moved <= args.step_kl
+                train_actor = row.pop("moved").item() <= args.step_kl  # the one time that a GPU is waited for
                 if train_actor:
-                    loss = loss + policy_loss
+                    loss = loss + row["policy_loss"]
             optimizer.zero_grad()
             loss.backward()
+            if not train_actor:  # a compiled backward leaves zeros, and Adam would still move the policy
+                for parameter in optimizer.param_groups[0]["params"]:
+                    parameter.grad = None
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
             for name, value in row.items():
-                logs.setdefault(name, []).append(value)
+                logs.setdefault(name, []).append(value.detach().clone())  # a CUDA graph writes to the same place again
     logs = {name: [float(value) for value in values] for name, values in logs.items()}
     return {name: float(np.mean(values)) for name, values in logs.items()} | {"updates": len(logs.get("policy_loss", []))}
 
@@ -328,13 +344,10 @@ class Reinforce:
         obs, next_obs = (obs_buffer(args.num_steps, self.obs, device) for _ in range(2))
         actions, means = (torch.zeros(*shape, 7, device=device) for _ in range(2))
         log_probs, rewards, terminated, done = (torch.zeros(shape, device=device) for _ in range(4))
-        lengths, began = [], time.perf_counter()
+        lengths, sample, began = [], compiled(Agent.sample, args.compile), time.perf_counter()
         for t in range(args.num_steps):
             obs[t] = random_shift(to_tensor(self.obs, device))  # the policy acts on the shifted picture, so the ratio is of one picture
-            with torch.no_grad():
-                policy = agent.policy(agent.obs_encoder(obs[t]))
-                actions[t], means[t] = policy.sample(), policy.mean
-                log_probs[t] = policy.log_prob(actions[t]).sum(-1)
+            actions[t], means[t], log_probs[t] = sample(agent, obs[t])
             self.obs, reward, term, trunc, info = env.step(actions[t].clamp(-1, 1).cpu().numpy())
             ended = term | trunc
             next_obs[t] = to_tensor(self.obs, device)

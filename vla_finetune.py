@@ -15,6 +15,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import mujoco
 import numpy as np
@@ -22,7 +23,7 @@ import torch
 import tyro
 from gymnasium.vector import AutoresetMode
 
-from common import render, vla_data
+from common import render, rollout, vla_data
 from common.cli import UserError, run_command
 from common.env import NO_OP, make_env
 from common.metrics import wilson_interval
@@ -77,6 +78,8 @@ class Args(Training):
     """parallel environments"""
     videos: int = 1
     """videos of successes and as many of failures, a task"""
+    backend: Literal["auto", "cpu", "warp"] = "auto"
+    """simulator: cpu (all cores), warp (MuJoCo Warp on --device) or auto (warp on a GPU from 256 environments on)"""
     renderer: str | None = None
     """warp or gl (default: the one of the training pictures)"""
     assets: str | None = None
@@ -191,14 +194,15 @@ class ModelPolicy:
 
 
 def evaluate(
-    task: Task, policy: Policy, camera: render.Renderer, trials: int, num_envs: int, replan: int, tick: Callable[[Trial], None]
+    task: Task, policy: Policy, camera: render.Renderer, trials: int, num_envs: int, replan: int, tick: Callable[[Trial], None], **simulator
 ) -> list[Trial]:
     """LIBERO's published protocol: trial i starts from official init state i, after 10 no-ops; 20 Hz; the suite's step cap.
 
-    `policy` is asked for a chunk every `replan` steps, for all environments that are due at once; `tick(trial)` is called as each ends.
+    `policy` is asked for a chunk every `replan` steps, for all environments that are due at once; `tick(trial)` is called as each ends;
+    `simulator`: backend and device, as in `make_env`.
     """
     num_envs = min(num_envs, trials)
-    env = make_env(task, num_envs, settle_steps=10, autoreset_mode=AutoresetMode.DISABLED)
+    env = make_env(task, num_envs, settle_steps=10, autoreset_mode=AutoresetMode.DISABLED, **simulator)
     nq = task.model.nq
     todo, done = list(range(trials))[::-1], []
     trial, step = np.full(num_envs, -1), np.zeros(num_envs, int)  # trial -1: none left
@@ -271,7 +275,8 @@ def evaluate_tasks(args: Args, model: VLA, meta: dict, tasks: list[str], run: Pa
         task = load_task(name, args.assets)
         check_match(meta, task, renderer, args.allow_mismatch, progress.say)
         size = model.config["image_size"]
-        camera = render.make_renderer(task.model, tuple(CAMERAS.values()), size, size, renderer)
+        simulator = {"backend": args.backend, "device": model.device.type}
+        camera = render.make_renderer(task.model, tuple(CAMERAS.values()), size, size, renderer, device=model.device.type)
         progress.stage(f"evaluate {number}/{len(tasks)}", args.trials)
         outcomes: list[bool] = []
 
@@ -280,7 +285,7 @@ def evaluate_tasks(args: Args, model: VLA, meta: dict, tasks: list[str], run: Pa
             progress.update(1, f"success {np.mean(outcomes):.0%}")
 
         policy = ModelPolicy(model, task.language, args.seed)
-        trials = evaluate(task, policy, camera, args.trials, args.num_envs, args.replan, tick)
+        trials = evaluate(task, policy, camera, args.trials, args.num_envs, args.replan, tick, **simulator)
         row = summarise(task, trials)
         make_videos(run, task, trials, args.videos, renderer)
         rows.append(row)
@@ -304,6 +309,7 @@ def main() -> None:
     torch.set_num_threads(args.torch_threads)
     torch.set_float32_matmul_precision("high")
     device = find_device(args)
+    args = dataclasses.replace(args, backend=rollout.choose_devices(args).backend)
     torch.manual_seed(args.seed)
     corpora = [] if args.eval_only else vla_data.read_corpora(args.data, args.max_episodes, args.seed)
     model, meta = make_model(args, corpora[0].image_size if corpora else None)
@@ -325,7 +331,9 @@ def main() -> None:
     tasks = expand(args.tasks or meta["tasks"])
     first = load_task(tasks[0], args.assets)  # what is missing is found now
     check_match(meta, first, args.renderer or meta["renderer"], args.allow_mismatch, lambda line: None)
-    render.make_renderer(first.model, tuple(CAMERAS.values()), 16, 16, args.renderer or meta["renderer"])
+    render.make_renderer(first.model, tuple(CAMERAS.values()), 16, 16, args.renderer or meta["renderer"], device=device.type)
+    if args.backend == "warp":
+        make_env(first, min(args.num_envs, args.trials), backend="warp", device=device.type).close()
     if args.videos and not (possible := render.available(args.renderer or meta["renderer"]))[0]:
         raise UserError(f"no videos: {possible[1]}; or pass --videos 0")
     model.to(device)
@@ -340,6 +348,7 @@ def main() -> None:
     if rank() > 0:  # one process evaluates
         return
     protocol = {"trials": args.trials, "replan": args.replan, "no_ops": 10, "control_hz": 20, "allow_mismatch": args.allow_mismatch}
+    protocol["backend"] = args.backend
     results = {"checkpoint": args.checkpoint, "model": model.config, "training": trained, "protocol": protocol, "versions": versions()}
     results |= {"renderer": args.renderer or meta["renderer"], "trained_on": meta}
     if (run / "results.json").exists():

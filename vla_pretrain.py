@@ -33,7 +33,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from common import vla_data
 from common.cli import UserError, run_command
-from common.runs import Progress, load_checkpoint, make_run, resumed_args, save_checkpoint, versions, write_json
+from common.runs import Progress, choose_device, load_checkpoint, make_run, resumed_args, save_checkpoint, versions, write_json
 from common.vla_data import ACTION_SIZE, CAMERAS, PROPRIO_SIZE, Chunks, Corpus, Order
 
 
@@ -517,13 +517,8 @@ def world_size() -> int:
 
 def find_device(args: Training) -> torch.device:
     """The device of this process; raises UserError if it is not there."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU here; use --device cpu, or install torch's CUDA build and a driver")
-    if args.device == "cpu" or not torch.cuda.is_available():
-        if args.compile:
-            raise UserError("--compile is for CUDA; leave it out on a CPU")
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device = choose_device(args.device, args.compile)
+    return torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
 
 
 def learning_rate(args: Training, step: int, steps: int) -> float:

@@ -17,10 +17,15 @@ judges poses that are 2 ms old (there only success, as `step` returns it).
 Demonstrations (of these twelve, the tasks that the scripted demonstrator solves). Both of the above with a successful demonstration:
 its actions from its start, so that things are grasped, moved and solved, and the flags in its last states.
 
+Backends (`--part backends`, alone; six tasks whose contacts differ). Ours on CPU cores against ours on MuJoCo Warp: does it matter that
+physics there is in single precision? Closed loop: the scripted demonstrator from the official init states, with the same strategies and
+noise on both, and the policies of finished runs (`--runs`) from training states. Success, and its difference with a 95 % interval.
+
 The compiled model is compared too: every field of mjModel but the textures, which we shrink.
 
     python -m benchmarks.fidelity                                     # everything: an hour on two cores
     python -m benchmarks.fidelity --tasks libero_goal/0 libero_90/5   # a minute
+    python -m benchmarks.fidelity --part backends --runs runs/RUN     # needs a GPU
 """
 
 from __future__ import annotations
@@ -33,6 +38,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -40,12 +46,21 @@ import mujoco
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
+import dlr_discover
+import gaussian_ppo
 from common.cli import UserError, run_command
+from common.demonstrator import Demonstrator, Strategy, strategies
 from common.env import NO_OP, make_env, predicate_holds, success
-from common.runs import Progress, versions, write_json
+from common.metrics import wilson_interval
+from common.networks import make_obs_encoder
+from common.rollout import roll_out
+from common.runs import Progress, load_checkpoint, versions, write_json
 from common.tasks import SUITES, Predicate, Task, find_assets, libero_env, load_task, resolve, task_names
 
 PARTS = ("trajectories", "flags", "demonstrations")
+BACKEND_TASKS = [  # a bowl held by its rim, a can into a basket, a drawer's handle, a knob, a microwave's door (margins), a bowl on a plate
+    *("libero_spatial/0", "libero_object/0", "libero_goal/0", "libero_90/20", "libero_90/33", "libero_90/9"),
+]
 # Two tasks a suite and more, all six predicates among them.
 TRAJECTORY_TASKS = [
     *("libero_spatial/0", "libero_spatial/5", "libero_object/0", "libero_object/6", "libero_goal/0", "libero_goal/7"),
@@ -61,12 +76,20 @@ class Args:
     """task ids (default: every task for the flags, two or more of each suite for the rest)"""
     suite: str | None = None
     """one suite only"""
-    part: list[Literal["trajectories", "flags", "demonstrations"]] = dataclasses.field(default_factory=lambda: list(PARTS))
-    """what to compare"""
+    part: list[Literal["trajectories", "flags", "demonstrations", "backends"]] = dataclasses.field(default_factory=lambda: list(PARTS))
+    """what to compare (backends by itself)"""
     steps: int = 100
     """control steps of a trajectory"""
     states: int = 24
     """states a task for the flags, on each of which every conjunct is compared twice"""
+    runs: list[Path] = dataclasses.field(default_factory=list)
+    """of backends: finished runs of dlr_discover.py or gaussian_ppo.py, whose policies are compared on their tasks"""
+    episodes: int = 200
+    """of backends: episodes of a policy on a task"""
+    num_envs: int = 64
+    """of backends: parallel environments"""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """of backends: where Warp computes (cpu is a hundred times slower than the CPU backend)"""
     json: Path | None = None
     """write the numbers here, after every task; tasks that the file already holds, of the same settings, are not run again"""
     processes: int = 0
@@ -272,6 +295,120 @@ def flag_comparison(pair: Pair, states: np.ndarray) -> dict:
     return {"states": len(states), "successful_states": successful, "predicates": counts}
 
 
+# ---------------------------------------------------------------------------------------------- backends
+
+
+class Scripted:
+    """The scripted demonstrator as a `common.rollout.Policy`. Pattern k is attempt k, whose strategy and noise depend on k alone.
+
+    It reads the states, of whatever simulator, as MuJoCo sees them: put into an mjData, which finds poses and contacts anew.
+    """
+
+    def __init__(self, env, ways: list[Strategy], noise: float):
+        self.env, self.ways, self.noise = env, ways, noise
+        self.data, self.running = mujoco.MjData(env.task.model), {}
+
+    def begin(self, envs: np.ndarray) -> None:
+        for i in envs:
+            self.running.pop(i, None)
+
+    def __call__(self, obs, patterns: np.ndarray) -> np.ndarray:
+        task, data, actions = self.env.task, self.data, np.zeros((len(patterns), 7))
+        for i, (k, state) in enumerate(zip(patterns, self.env.get_state(), strict=True)):
+            if i not in self.running:
+                self.running[i] = Demonstrator(task, self.ways[k % len(self.ways)], self.noise, np.random.default_rng(int(k)))
+            data.time, data.qpos[:], data.qvel[:] = state[0], state[1 : 1 + task.model.nq], state[1 + task.model.nq :]
+            mujoco.mj_fwdPosition(task.model, data)
+            actions[i] = self.running[i].act(data)
+        return actions
+
+
+def load_policy(run: Path, assets: str | None) -> tuple[Task, dict, Callable, list[int]]:
+    """Of a run of dlr_discover.py or gaussian_ppo.py: its task, what its environment is made with, what makes its policy for an
+    environment, and its patterns."""
+    try:
+        config, summary = (json.loads((run / name).read_text()) for name in ("config.json", "summary.json"))
+        script = {"dlr_discover": dlr_discover, "gaussian_ppo": gaussian_ppo}[config["script"]]
+        patterns = [row["pattern"] for row in summary["per_pattern"]]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{run} is not the folder of a finished run of dlr_discover.py or gaussian_ppo.py") from error
+    known = {f.name for f in dataclasses.fields(script.Args)}
+    args = script.Args(**{name: value for name, value in config["args"].items() if name in known})
+    checkpoint = load_checkpoint(run / "checkpoint.pt", config["script"])
+
+    def make(env):
+        encoder = make_obs_encoder(env.single_observation_space)
+        agent = script.Agent(encoder, *([checkpoint["num_patterns"]] if script is dlr_discover else []), args.hidden)
+        try:
+            agent.load_state_dict(checkpoint["agent"])
+        except RuntimeError as error:
+            raise UserError(f"{run} was made by another version of {config['script']}.py, with other weights; train it again") from error
+        return agent.act
+
+    return load_task(checkpoint["task"], assets), {"obs": args.obs, "image_size": args.image_size}, make, patterns
+
+
+def newcombe_interval(successes: tuple[int, int], trials: tuple[int, int]) -> tuple[float, float]:
+    """95 % interval of the difference of two success rates, first minus second, by their score intervals (Newcombe 1998, method 10)."""
+    (p, q), ((p_low, p_high), (q_low, q_high)) = np.divide(successes, trials), map(wilson_interval, successes, trials)
+    return p - q - float(np.hypot(p - p_low, q_high - q)), p - q + float(np.hypot(p_high - p, q - q_low))
+
+
+def compare_backends(
+    task: Task, make_policy: Callable, jobs: list[tuple[int, int]], num_envs: int, device: str, tick: Callable, **options
+) -> dict:
+    """Closed loop with the same policy on CPU cores and on Warp: how often each succeeds, and Warp's rate minus the CPU's.
+
+    `make_policy(env)`; `jobs`: (pattern, official init state or -1 for a training state) for each episode; `tick(episode)` is called as
+    each ends; `options` of the environments.
+    """
+    wins = {}
+    for backend in ("cpu", "warp"):
+        where = {"backend": backend, "device": device if backend == "warp" else "cpu"}
+        env = make_env(task, min(num_envs, len(jobs)), seed=0, autoreset_mode=AutoresetMode.DISABLED, **where, **options)
+        wins[backend] = sum(e.success for e in roll_out(env, make_policy(env), jobs, tick))
+        env.close()
+    interval = newcombe_interval((wins["warp"], wins["cpu"]), (len(jobs), len(jobs)))
+    return {"episodes": len(jobs), **wins, "difference": (wins["warp"] - wins["cpu"]) / len(jobs), "interval": interval}
+
+
+def backends(args: Args) -> list[dict]:
+    """A row for each task and policy, see the module's docstring; written to --json after each."""
+    from common.warp_env import find_device
+
+    find_device(args.device)
+    jobs, rows, progress = [], [], Progress()
+    for run in args.runs:
+        task, options, make, patterns = load_policy(run, args.assets)
+        jobs.append((task, run.name, make, [(patterns[k % len(patterns)], -1) for k in range(args.episodes)], options))
+    for name in args.tasks or ([] if args.runs else BACKEND_TASKS):
+        task = load_task(name, args.assets)
+        ways, states = strategies(task), len(task.init_states)
+        tries = [(k // states + k, k % states) for k in range(args.episodes)]  # each state with another strategy every time
+        jobs.append((task, "scripted", lambda env, ways=ways: Scripted(env, ways, 0.1), tries, {}))
+    for task, policy, make, tries, options in jobs:
+        progress.stage(f"{task.id}, {policy}", 2 * len(tries))
+        row = compare_backends(task, make, tries, args.num_envs, args.device, lambda e: progress.update(1), **options)
+        rows.append({"task": task.id, "policy": policy, **row})
+        if args.json is not None:
+            write_json(args.json, {"device": args.device, "versions": versions(), "backends": rows})
+    progress.close()
+    return rows
+
+
+def report_backends(rows: list[dict], limit: float = 0.03) -> str:
+    """The results as markdown, and the tasks whose success differs by more than `limit`."""
+    lines = ["| task | policy | episodes | success: CPU | Warp | difference, points |", "|---" * 6 + "|"]
+    for r in rows:
+        low, high = r["interval"]
+        difference = f"{100 * r['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        rates = [f"{r[backend] / r['episodes']:.1%}" for backend in ("cpu", "warp")]
+        lines.append(f"| {' | '.join([r['task'], r['policy'], str(r['episodes']), *rates, difference])} |")
+    beyond = [f"{r['task']} ({r['policy']})" for r in rows if abs(r["difference"]) > limit]
+    lines += ["", f"Differences of more than {100 * limit:.0f} points: {', '.join(beyond) or 'none'}."]
+    return "\n".join(lines)
+
+
 # ---------------------------------------------------------------------------------------------- one task, all tasks
 
 
@@ -374,6 +511,11 @@ def main() -> None:
     if args.suite is not None and args.suite not in SUITES:
         raise UserError(f"unknown suite {args.suite!r}; suites are {', '.join(SUITES)}")
     args.assets = str(find_assets(args.assets))
+    if "backends" in args.part:
+        if args.part != ["backends"] or args.suite is not None or min(args.episodes, args.num_envs) < 1:
+            raise UserError("--part backends stands alone, takes --tasks and no --suite, and --episodes and --num-envs of at least 1")
+        print(report_backends(backends(args)))
+        return
     given = [f"{suite}/{index}" for suite, index in map(resolve, args.tasks)]
     everything = [f"{suite}/{i}" for suite in SUITES for i in range(len(task_names()[suite]))]
     parts = {t: [] for t in given or everything if args.suite is None or t.startswith(args.suite + "/")}

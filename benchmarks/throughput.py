@@ -20,6 +20,11 @@ MuJoCo finds (MUJOCO_GL, else EGL, else OSMesa; the driver's name tells software
 its own) and by our ray tracer. Again block by block: pictures of the same settled states, and control steps with pictures.
 
     python -m benchmarks.throughput --pixels [--json FILE]
+
+With `--device cuda`, MuJoCo Warp as well: for each number of worlds, control steps a second from states or, with `--pixels`, with both
+pictures of every world, and pictures alone; the GPU's memory, and the time it takes to start and to record the graph.
+
+    python -m benchmarks.throughput --device cuda [--pixels] [--worlds 256 1024 4096 8192] [--json FILE]
 """
 
 from __future__ import annotations
@@ -64,7 +69,7 @@ class Args:
     pixels: bool = False
     """measure pictures instead of steps from states"""
     device: Literal["cpu", "cuda"] = "cpu"
-    """cuda: measure physics on the GPU as well, next to the CPU's on all cores"""
+    """cuda: measure the GPU as well, next to the CPU on all cores"""
     worlds: list[int] = dataclasses.field(default_factory=lambda: [256, 1024, 4096, 8192])
     """numbers of environments on the GPU"""
     json: Path | None = None
@@ -281,7 +286,8 @@ def spread(q: list[float]) -> str:
 
 
 def measure_warp(task: Task, args: Args, device: str) -> dict[int, dict[str, float]]:
-    """MuJoCo Warp on `device`: for each number of worlds, control steps/s with what they take to start.
+    """MuJoCo Warp on `device`: for each number of worlds, control steps/s (with `args.pixels` from pictures, and pictures/s alone) with
+    what they take to start.
 
     Actions and observations stay on the device. The time of a block is that of `args.steps` steps and one wait at their end.
     """
@@ -292,21 +298,31 @@ def measure_warp(task: Task, args: Args, device: str) -> dict[int, dict[str, flo
     for n in args.worlds:
         free = wp.get_device(device).free_memory if device != "cpu" else 0
         start = time.perf_counter()
-        env = make_env(task, n, backend="warp", device=device, seed=0, tensors=True, max_steps=10**6)
+        options = dict(backend="warp", device=device, seed=0, tensors=True, max_steps=10**6)
+        if args.pixels:  # no autoreset, which would fetch from the device which episodes have ended
+            options |= dict(obs="pixels", cameras=CAMERAS, image_size=SIZE, autoreset_mode=AutoresetMode.DISABLED)
+        env = make_env(task, n, **options)
         env.reset()
         wp.synchronize_device(env.device)
         startup = time.perf_counter() - start
         actions = (0.3 * torch.randn(args.steps, n, 7, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
-        actions, seconds = actions.to(wp.device_to_torch(env.device)), []
-        for _ in range(args.blocks + 1):  # the first one warms up
-            start = time.perf_counter()
-            for action in actions:
-                env.step(action)
-            wp.synchronize_device(env.device)
-            seconds.append(time.perf_counter() - start)
-        speed = n * args.steps / float(np.median(seconds[1:]))
+        actions = actions.to(wp.device_to_torch(env.device))
+
+        def speed(work, env=env, actions=actions, n=n) -> float:
+            seconds = []
+            for _ in range(args.blocks + 1):  # the first one warms up
+                start = time.perf_counter()
+                for action in actions:
+                    work(action)
+                wp.synchronize_device(env.device)
+                seconds.append(time.perf_counter() - start)
+            return n * args.steps / float(np.median(seconds[1:]))
+
+        row = {"steps_per_second": speed(env.step)}
+        if args.pixels:
+            row["pictures_per_second"] = len(CAMERAS) * speed(lambda action, env=env: env.observations())
         used = (free - wp.get_device(device).free_memory) / 1e9 if device != "cpu" else 0.0
-        found[n] = {"steps_per_second": speed, "memory_gb": used, "startup_seconds": startup, "graph_seconds": env.graph_seconds}
+        found[n] = row | {"memory_gb": used, "startup_seconds": startup, "graph_seconds": env.graph_seconds}
         env.close()
         del env
     return found
@@ -329,15 +345,18 @@ def summarise(seconds, resets: dict[str, float], args: Args, cores: int) -> dict
     return result
 
 
-def report_warp(results: dict[str, dict], cores: int) -> list[str]:
-    """Physics on the GPU next to the CPU's on all cores, as markdown."""
-    lines = ["", f"| on the GPU | worlds | control steps/s | / LIBERO, {cores} cores | / ours, {cores} cores | GB | start, s | graph, s |"]
-    lines.append("|---" * 8 + "|")
+def report_warp(results: dict[str, dict], cores: int, pixels: bool) -> list[str]:
+    """The GPU next to the CPU on all cores, as markdown."""
+    steps, more = ("control steps/s, two pictures each", " pictures/s alone |") if pixels else ("control steps/s", "")
+    lines = ["", f"| on the GPU | worlds | {steps} | / LIBERO, {cores} cores | / ours, {cores} cores |{more} GB | start, s | graph, s |"]
+    lines.append("|---" * (8 + pixels) + "|")
     for task, r in results.items():
         for n, w in r["warp"].items():
-            ratios = [w["steps_per_second"] / r["all_cores"][name] for name in ("libero", "ours")]
-            cells = [task, n, f"{w['steps_per_second']:.0f}", *(f"{x:.1f}" for x in (*ratios, w["memory_gb"]))]
-            lines.append(f"| {' | '.join(map(str, cells))} | {w['startup_seconds']:.0f} | {w['graph_seconds']:.1f} |")
+            theirs = r["steps_all_cores" if pixels else "all_cores"]
+            ratios = [f"{w['steps_per_second'] / theirs[name]:.1f}" if name in theirs else "" for name in ("libero", "ours")]
+            cells = [task, str(n), f"{w['steps_per_second']:.0f}", *ratios, *([f"{w['pictures_per_second']:.0f}"] if pixels else [])]
+            cells += [f"{w['memory_gb']:.1f}", f"{w['startup_seconds']:.0f}", f"{w['graph_seconds']:.1f}"]
+            lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -356,7 +375,7 @@ def report(results: dict[str, dict], cores: int) -> str:
             cells.append(f"{r['reset_seconds'][name] * 1e3:.2f} ({r['reset_ratios'][name]:.0f}x)")
         lines.append(f"| {' | '.join([task, *cells])} |")
     if all("warp" in r for r in results.values()):
-        lines += report_warp(results, cores)
+        lines += report_warp(results, cores, pixels=False)
     return "\n".join(lines)
 
 
@@ -436,6 +455,8 @@ def report_pixels(results: dict[str, dict], cores: int) -> str:
                 cells += [f"{row['libero']:.1f}" if "libero" in row else "", f"{row['ours']:.1f}"]
                 cells.append(spread(row["ours_over_libero"]) if "libero" in row else "")
             lines.append(f"| {' | '.join([name, *cells])} |")
+    if all("warp" in r for r in results.values()):
+        lines += report_warp(results, cores, pixels=True)
     return "\n".join(lines).strip()
 
 
@@ -443,11 +464,9 @@ def main() -> None:
     import tyro
 
     args = tyro.cli(Args)
-    if min(args.num_envs, args.steps, args.blocks) < 1:
-        raise UserError("--num-envs, --steps and --blocks are at least 1")
+    if min(args.num_envs, args.steps, args.blocks, *args.worlds) < 1:
+        raise UserError("--num-envs, --steps, --blocks and --worlds are at least 1")
     if args.device == "cuda":
-        if args.pixels:
-            raise UserError("--pixels is measured on CPU cores only; leave out --device cuda")
         from common.warp_env import find_device
 
         find_device("cuda")

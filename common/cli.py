@@ -25,6 +25,10 @@ def run_command(main: Callable[[], None]) -> None:
         if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
             raise
         sys.exit(_fail(f"cannot write {error.filename}: {error.strerror}; free some space or choose another folder"))
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        sys.exit(_fail(f"the GPU's memory is full ({str(error).splitlines()[0]}); take fewer environments, or smaller batches"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

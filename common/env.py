@@ -196,7 +196,7 @@ def _control_steps(
             `_addresses`; sizes: nq, nv, nu, nsite, nM, grip site id.
         arm (3, 7): qpos and dof addresses and actuators; masses (7, 7): where M[i, j] lies in the sparse qM, or -1.
         limits (7, 2): torque limits; fingers (2, 3): actuator, middle and half width of its control range.
-        goal, terms: what to judge (see `_goal_table`) and to observe (see `StateObservation`).
+        goal, terms: what to judge (see `goal_table`) and to observe (see `StateObservation`).
         goal_rot (num_envs, 3, 3), grip (num_envs, 2): the controller's memory, updated in place.
         near (num_envs,) bool, obs (num_envs, size) float32: output.
     """
@@ -275,7 +275,7 @@ _GOAL_DTYPE = np.dtype(
 
 
 @functools.lru_cache(maxsize=1024)
-def _goal_table(goal: tuple[Predicate, ...]) -> np.ndarray:
+def goal_table(goal: tuple[Predicate, ...]) -> np.ndarray:
     """One record for each conjunct. `target` is a site, or a body if the goal is to be on top of an object."""
     table = np.zeros(len(goal), _GOAL_DTYPE)
     for row, p in zip(table, goal, strict=True):
@@ -327,7 +327,7 @@ def predicate_holds(predicate: Predicate, data: mujoco.MjData, model: mujoco.MjM
     It reads `data` as it is: after `step` that is 2 ms newer than what the returned success was judged on, because LIBERO
     judges what its last physics substep leaves: joint positions after integration, body poses and contacts from before.
     """
-    return bool(_goal_near(_addresses(data), _goal_table((predicate,)))) and _contacts_hold((predicate,), data, model)
+    return bool(_goal_near(_addresses(data), goal_table((predicate,)))) and _contacts_hold((predicate,), data, model)
 
 
 def _contacts_hold(goal: Sequence[Predicate], data: mujoco.MjData, model: mujoco.MjModel) -> bool:
@@ -345,7 +345,7 @@ def in_contact(data: mujoco.MjData, model: mujoco.MjModel, geoms_1: tuple[int, .
 
 def success(task: Task, data: mujoco.MjData) -> bool:
     """LIBERO's `_check_success`: all conjuncts of the goal hold (see `predicate_holds`)."""
-    return bool(_goal_near(_addresses(data), _goal_table(tuple(task.goal)))) and _contacts_hold(task.goal, data, task.model)
+    return bool(_goal_near(_addresses(data), goal_table(tuple(task.goal)))) and _contacts_hold(task.goal, data, task.model)
 
 
 # ---------------------------------------------------------------------------------------------- observations
@@ -527,7 +527,7 @@ class LiberoVectorEnv(LiberoEnv):
         fingers = np.stack([np.array(task.gripper_actuators, np.float64), (high + low) / 2, (high - low) / 2], axis=1)
         limits = model.actuator_ctrlrange[task.arm_actuators].copy()
         q0 = np.array(task.initial_joints)
-        masses, goal = _mass_addresses(task), _goal_table(tuple(task.goal))
+        masses, goal = mass_addresses(task), goal_table(tuple(task.goal))
         self._constants = (model._address, addresses, pointers, sizes, arm, masses, q0, limits, fingers, goal, self.observe.terms)
         # LIBERO's controller starts with the arm in its reset pose, and keeps that goal orientation until told otherwise.
         home = self.data[0]
@@ -676,7 +676,7 @@ class LiberoVectorEnv(LiberoEnv):
         mujoco.mj_fwdPosition(self.task.model, self.data[i])  # poses and contacts, leaving the solver's warm start alone
 
 
-def _mass_addresses(task: Task) -> np.ndarray:
+def mass_addresses(task: Task) -> np.ndarray:
     """(7, 7) int64: where the arm's mass matrix entries lie in MuJoCo's sparse qM, -1 for structural zeros."""
     model, dofs = task.model, task.arm_dof
     addresses = np.full((7, 7), -1)
@@ -730,14 +730,12 @@ def make_env(
         obs: "state", float32 vectors (see `StateObservation`), or "pixels", a Dict of pictures and proprioception (see
             `common.observations.PixelObservation`); image_size (pixels), cameras and renderer are of these pictures.
         backend: "cpu" (`LiberoVectorEnv`), "warp" (`common.warp_env.LiberoWarpEnv`, on `device`) or "auto" (see `choose_backend`).
-        device: of "warp", default the first GPU.
+        device: of "warp", default the first GPU; and of the ray tracer, default where the worlds are.
         kwargs: as in the class.
     """
     if obs not in ("state", "pixels"):
         raise UserError(f"obs must be 'state' or 'pixels', not {obs!r}")
     backend = choose_backend(backend, num_envs, device)
-    if obs == "pixels" and backend == "warp":
-        raise UserError("obs='pixels' needs backend='cpu' so far")
     task = load_task(task) if isinstance(task, str) else task
     if backend == "cpu":
         env = LiberoVectorEnv(task, num_envs, seed, **kwargs)
@@ -749,4 +747,4 @@ def make_env(
         return env
     from common.observations import PixelEnv  # it needs this module, and a renderer
 
-    return PixelEnv(env, image_size, cameras, renderer)
+    return PixelEnv(env, image_size, cameras, renderer, device or ("cpu" if backend == "cpu" else "cuda"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import gymnasium as gym
 import numpy as np
@@ -26,6 +28,12 @@ def mlp(sizes: list[int], out_std: float, activation: type[nn.Module] = nn.Tanh)
         last = i == len(sizes) - 2
         layers += [layer_init(nn.Linear(a, b), out_std)] if last else [layer_init(nn.Linear(a, b)), activation()]
     return nn.Sequential(*layers)
+
+
+@functools.cache  # so that what is compiled is kept
+def compiled(function: Callable, really: bool) -> Callable:
+    """`function`, if `really` by torch.compile, its GPU work recorded as CUDA graphs: what it returns is good until it is called again."""
+    return torch.compile(function, mode="reduce-overhead") if really else function
 
 
 class Normalizer(nn.Module):
@@ -91,7 +99,10 @@ class ResNet18(nn.Sequential):
 
 
 class PixelEncoder(nn.Module):
-    """ResNet-18 features of the third-person picture beside standardised proprioception (as in arXiv 2511.19528): (N, size)."""
+    """ResNet-18 features of the third-person picture beside standardised proprioception (as in arXiv 2511.19528): (N, size).
+
+    On CUDA the pictures are worked on in bfloat16.
+    """
 
     FEATURES = 128
     PICTURES = 256  # at a time: without gradients, a whole rollout's activations would fill the memory
@@ -119,8 +130,9 @@ class PixelEncoder(nn.Module):
     def forward(self, obs: TensorDict) -> torch.Tensor:
         """`agentview_rgb` (N, H, W, 3) uint8 and `proprio` (N, 9) -> (N, size)."""
         pictures = obs["agentview_rgb"].split(self.PICTURES)
-        features = [self.project(self.resnet(p.permute(0, 3, 1, 2) / 127.5 - 1.0)) for p in pictures]
-        return torch.cat([torch.cat(features), self.normalizer(obs["proprio"])], dim=-1)
+        with torch.autocast("cuda", torch.bfloat16, enabled=obs["proprio"].is_cuda):
+            features = [self.project(self.resnet(p.permute(0, 3, 1, 2) / 127.5 - 1.0)) for p in pictures]
+        return torch.cat([torch.cat(features).float(), self.normalizer(obs["proprio"])], dim=-1)
 
 
 def make_obs_encoder(space: gym.Space) -> Normalizer | PixelEncoder:

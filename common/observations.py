@@ -6,8 +6,9 @@ The RL scripts see either states, (N, size) float32, or a gymnasium Dict of pict
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import mujoco
@@ -19,6 +20,9 @@ from common.data import PROPRIO as STORED
 from common.env import proprioception
 from common.render import make_renderer
 from common.tasks import Task
+
+if TYPE_CHECKING:
+    from common.warp_env import LiberoWarpEnv
 
 PROPRIO = {name: STORED[name] for name in ("ee_pos", "ee_quat", "gripper_states")}  # m, xyzw, m
 
@@ -32,12 +36,13 @@ class PixelObservation:
     Raises UserError for what `common.render.make_renderer` refuses.
     """
 
-    def __init__(self, task: Task, image_size: int, cameras: Sequence[str], renderer: str):
+    def __init__(self, task: Task, image_size: int, cameras: Sequence[str], renderer: str, device: str = "cpu"):
         self.task, self.data = task, mujoco.MjData(task.model)
-        self.renderer = make_renderer(task.model, cameras, image_size, image_size, renderer)
+        self.renderer = make_renderer(task.model, cameras, image_size, image_size, renderer, device=device)
         self.names = {camera: camera.removeprefix("robot0_") + "_rgb" for camera in cameras}
         picture = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         proprio = gym.spaces.Box(-np.inf, np.inf, (sum(PROPRIO.values()),), np.float32)
+        self.bytes = 3 * len(cameras) * 3 * image_size**2  # of an environment's: as drawn, as turned, and those of the step before
         self.space = gym.spaces.Dict({name: picture for name in self.names.values()} | {"proprio": proprio})
 
     def __call__(self, states: np.ndarray) -> dict[str, np.ndarray]:
@@ -52,13 +57,26 @@ class PixelObservation:
             row[:] = np.concatenate([sensed[name] for name in PROPRIO])
         return {name: pictures[camera][:, ::-1].copy() for camera, name in self.names.items()} | {"proprio": proprio}
 
+    def of_worlds(self, env: LiberoWarpEnv) -> dict[str, torch.Tensor]:
+        """The same of a Warp environment's current states, as tensors that never leave its device."""
+        pictures, sensed = self.renderer.render_worlds(env), env.sensed()
+        proprio = torch.cat([sensed[name] for name in PROPRIO], dim=1)
+        return {name: pictures[camera].flip(1) for camera, name in self.names.items()} | {"proprio": proprio}
+
 
 class PixelEnv(VectorWrapper):
-    """A LIBERO vector environment whose observations are `PixelObservation`'s; everything else is the wrapped environment's."""
+    """A LIBERO vector environment whose observations are `PixelObservation`'s; everything else is the wrapped environment's.
 
-    def __init__(self, env: VectorEnv, image_size: int, cameras: Sequence[str], renderer: str):
+    Observations are numpy arrays; of an environment on Warp, torch tensors on its device (with the renderer "warp").
+    `device`: the ray tracer's.
+    """
+
+    def __init__(self, env: VectorEnv, image_size: int, cameras: Sequence[str], renderer: str, device: str = "cpu"):
         super().__init__(env)
-        self.pixels = PixelObservation(env.task, image_size, cameras, renderer)
+        self.pixels = PixelObservation(env.task, image_size, cameras, renderer, device)
+        self.stays = hasattr(env, "poses") and renderer == "warp"  # on the device
+        if self.stays:
+            env.require_memory(env.num_envs * self.pixels.bytes, what="worlds' pictures")
         self.single_observation_space = self.pixels.space
         self.observation_space = gym.vector.utils.batch_space(self.pixels.space, env.num_envs)
 
@@ -75,16 +93,16 @@ class PixelEnv(VectorWrapper):
         _, reward, terminated, truncated, info = self.env.step(actions)
         observations = self.observations()
         if "final_obs" in info:  # an autoreset has put the next episodes' states in the place of the last ones
-            ended = info["_final_obs"]
-            last = self.pixels(info["final_states"][ended])
-            info["final_obs"] = {name: x.copy() for name, x in observations.items()}
-            for name, x in last.items():
-                info["final_obs"][name][ended] = x
+            ended, states = (np.asarray(torch.as_tensor(info[name]).cpu()) for name in ("_final_obs", "final_states"))
+            info["final_obs"] = copy.deepcopy(observations)
+            for name, x in self.pixels(states[ended]).items():
+                values = info["final_obs"][name]
+                values[ended] = torch.as_tensor(x, device=values.device) if self.stays else x
         return observations, reward, terminated, truncated, info
 
-    def observations(self) -> dict[str, np.ndarray]:
+    def observations(self) -> dict[str, np.ndarray] | dict[str, torch.Tensor]:
         """Pictures and proprioception of the current states, (num_envs, ...) each."""
-        return self.pixels(self.env.get_state())
+        return self.pixels.of_worlds(self.env) if self.stays else self.pixels(self.env.get_state())
 
 
 class TensorDict:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -30,6 +31,13 @@ SRGB_TO_LINEAR = np.round(255 * np.where(SRGB <= 0.04045, SRGB / 12.92, ((SRGB +
 class Scene:
     """What is the same in every state. G geoms, F faces, T textures, L lights, C cameras."""
 
+    geom: wp.array(dtype=int)  # (G,) their numbers in the model
+    turn: wp.array(dtype=wp.mat33d)  # (G,) from the mesh's frame to the geom's
+    centre: wp.array(dtype=wp.vec3d)  # (G,) of the mesh's box
+    half: wp.array(dtype=wp.vec3d)  # (G,) half the box's sides
+    camera: wp.array(dtype=int)  # (C,) their numbers in the model
+    tangent: wp.array(dtype=wp.vec2d)  # (C,) of half the field of view, across and up
+    drawn: wp.array(dtype=int, ndim=2)  # (C, G) 0: part of the camera's background
     mesh: wp.array(dtype=wp.uint64)  # (G,)
     first_face: wp.array(dtype=int)  # (G,) where the mesh's rows begin in the next three
     normals: wp.array(dtype=wp.vec3, ndim=2)  # (F, 3) at a face's corners
@@ -61,14 +69,14 @@ class Scene:
 
 @wp.struct
 class Frame:
-    """B states. `order` lists the geoms that a camera may see, nearest first, `nearest` how near they can be."""
+    """B states, filled by `place` and `arrange`. `order` lists the geoms that a camera may see, nearest first."""
 
     geom_position: wp.array(dtype=wp.vec3, ndim=2)  # (B, G)
     geom_rotation: wp.array(dtype=wp.mat33, ndim=2)  # (B, G)
     camera_position: wp.array(dtype=wp.vec3, ndim=2)  # (B, C)
     camera_rotation: wp.array(dtype=wp.mat33, ndim=2)  # (B, C)
-    order: wp.array(dtype=int, ndim=3)  # (B, C, G)
-    nearest: wp.array(dtype=float, ndim=3)  # (B, C, G)
+    order: wp.array(dtype=int, ndim=3)  # (B, C, G) the first `count` of each row
+    nearest: wp.array(dtype=float, ndim=3)  # (B, C, G) how near they can be, FAR if out of sight
     sphere: wp.array(dtype=wp.vec4, ndim=3)  # (B, C, G) around them: c = centre - camera, and c.c - radius^2
     count: wp.array(dtype=int, ndim=2)  # (B, C)
 
@@ -80,6 +88,73 @@ class Hit:
     face: int
     u: float
     v: float
+
+
+real = wp.float64
+
+
+@wp.kernel
+def place(
+    scene: Scene,
+    geom_position: wp.array2d(dtype=Any),  # (B, ngeom) of the model, as all four in single or in double precision
+    geom_rotation: wp.array2d(dtype=Any),
+    camera_position: wp.array2d(dtype=Any),  # (B, ncam)
+    camera_rotation: wp.array2d(dtype=Any),
+    frame: Frame,
+):
+    """The poses of meshes and cameras, and how each camera stands to each mesh."""
+    state, k = wp.tid()
+    rotation = wp.mat33d(geom_rotation[state, scene.geom[k]]) * scene.turn[k]
+    position = wp.vec3d(geom_position[state, scene.geom[k]])
+    frame.geom_rotation[state, k] = wp.mat33(rotation)
+    frame.geom_position[state, k] = wp.vec3(position)
+    half = scene.half[k]
+    radius = wp.length(half)
+    for c in range(scene.camera.shape[0]):
+        eye = wp.vec3d(camera_position[state, scene.camera[c]])
+        view = wp.mat33d(camera_rotation[state, scene.camera[c]])
+        if k == 0:
+            frame.camera_position[state, c] = wp.vec3(eye)
+            frame.camera_rotation[state, c] = wp.mat33(view)
+        # the distance from the camera to the mesh's box, and whether its bounding sphere is in the pyramid of view
+        from_camera = position + rotation * scene.centre[k] - eye
+        inside = wp.transpose(rotation) * from_camera
+        outside = wp.vec3d()
+        for i in range(3):
+            outside[i] = wp.max(wp.abs(inside[i]) - half[i], real(0.0))
+        offset = wp.transpose(view) * from_camera  # right, up, back of the camera
+        seen = scene.drawn[c, k] == 1 and offset[2] < radius
+        for i in range(2):  # the side planes
+            tangent = scene.tangent[c][i]
+            beyond = (wp.abs(offset[i]) + offset[2] * tangent) / wp.sqrt(real(1.0) + tangent * tangent)
+            seen = seen and beyond < radius
+        frame.nearest[state, c, k] = wp.where(seen, float(wp.length(outside)), FAR)
+        beside = float(wp.dot(from_camera, from_camera) - radius * radius)
+        frame.sphere[state, c, k] = wp.vec4(float(from_camera[0]), float(from_camera[1]), float(from_camera[2]), beside)
+
+
+for _vector, _matrix in ((wp.vec3, wp.mat33), (wp.vec3d, wp.mat33d)):  # all at once, or a new one would compile the module again
+    wp.overload(place, [Scene, *(wp.array2d(dtype=x) for x in (_vector, _matrix, _vector, _matrix)), Frame])
+
+
+@wp.kernel
+def arrange(frame: Frame):
+    """For each camera the meshes that it may see, nearest first."""
+    state, camera = wp.tid()
+    count = int(0)  # noqa: UP018 (a variable to Warp, not a constant)
+    for k in range(frame.nearest.shape[2]):
+        distance = frame.nearest[state, camera, k]
+        if distance < FAR:
+            at = int(count)
+            while at > 0:
+                before = frame.order[state, camera, at - 1]
+                if frame.nearest[state, camera, before] <= distance:
+                    break
+                frame.order[state, camera, at] = before
+                at -= 1
+            frame.order[state, camera, at] = k
+            count += 1
+    frame.count[state, camera] = count
 
 
 @wp.func
@@ -160,13 +235,13 @@ def nearest_hit(scene: Scene, frame: Frame, state: int, camera: int, origin: wp.
     hit.geom = -1
     hit.distance = end
     for k in range(frame.count[state, camera]):
-        if frame.nearest[state, camera, k] > hit.distance:
+        geom = frame.order[state, camera, k]
+        if frame.nearest[state, camera, geom] > hit.distance:
             break
-        sphere = frame.sphere[state, camera, k]
+        sphere = frame.sphere[state, camera, geom]
         along = sphere[0] * direction[0] + sphere[1] * direction[1] + sphere[2] * direction[2]
         if sphere[3] > 0.0 and (along < 0.0 or along * along < sphere[3]):
             continue
-        geom = frame.order[state, camera, k]
         rotation = wp.transpose(frame.geom_rotation[state, geom])
         local_origin = rotation * (origin - frame.geom_position[state, geom])
         local_direction = rotation * direction
@@ -295,7 +370,7 @@ class RayTracer:
 
     Lights stay where the model's default pose has them; the headlight follows the camera. Cameras are pinholes given by fovy.
     Args: option (mujoco.MjvOption) says which geoms are visible; camera_ids: C cameras; threads: on the CPU, default the cores that this
-    process may use; device: Warp's name of it (written for CUDA too, but tried on the CPU only).
+    process may use; device: Warp's name of it (not run on CUDA yet).
     """
 
     def __init__(
@@ -317,12 +392,11 @@ class RayTracer:
         abstract = mujoco.MjvScene(model, maxgeom=model.ngeom + 1000)
         mujoco.mjv_updateScene(model, data, option, None, mujoco.MjvCamera(), mujoco.mjtCatBit.mjCAT_ALL, abstract)
         geoms = [g for g in abstract.geoms[: abstract.ngeom] if g.objtype == mujoco.mjtObj.mjOBJ_GEOM and g.rgba[3] > 0.005]
-        self.geoms = np.array([g.objid for g in geoms], int)
+        ids = np.array([g.objid for g in geoms], int)
         opaque = np.array([g.rgba[3] > 0.995 for g in geoms], bool)
-        self.background = opaque & (model.body_weldid[model.geom_bodyid[self.geoms]] == 0)
+        unmoved = opaque & (model.body_weldid[model.geom_bodyid[ids]] == 0)
         fixed = (model.body_weldid[model.cam_bodyid[camera_ids]] == 0) & (model.cam_mode[camera_ids] == 0)
         tangent = np.tan(np.radians(model.cam_fovy[camera_ids]) / 2)  # of half the vertical field of view
-        self.tangents = tangent[:, None] * [width / height, 1]
 
         self.scene = scene = Scene()
         self._set_geometry(model, geoms)
@@ -331,20 +405,22 @@ class RayTracer:
         scene.rgba = self._array([g.rgba for g in geoms], wp.vec4)
         scene.gloss = self._array([(g.emission, g.specular, 128 * g.shininess) for g in geoms], wp.vec3)
         scene.pixel = self._array(2 * tangent / height, float)
+        scene.geom, scene.camera = self._array(ids, int), self._array(camera_ids, int)
+        scene.tangent = self._array(tangent[:, None] * [width / height, 1], wp.vec2d)
         scene.near = model.vis.map.znear * model.stat.extent
         scene.width, scene.height = width, height
 
         # What a fixed camera sees of what never moves is traced once. This also compiles the kernel, which threads must not do at once.
         self.pool, self.threads = None, 1
         scene.background = wp.zeros((len(camera_ids), width * height), dtype=wp.vec4, device=device)
-        poses = data.geom_xpos, data.geom_xmat.reshape(-1, 3, 3), data.cam_xpos[camera_ids], data.cam_xmat[camera_ids].reshape(-1, 3, 3)
-        frame = self._frame(*(p[None] for p in poses), np.broadcast_to(self.background, (len(camera_ids), len(geoms))))
-        self._trace(frame, len(camera_ids), wp.empty((0, 3), dtype=wp.uint8, device=device))
-        scene.fixed = self._array(fixed, int)
+        scene.drawn = self._array(np.broadcast_to(unmoved, (len(camera_ids), len(ids))), int, 2)
+        poses = data.geom_xpos, data.geom_xmat.reshape(-1, 3, 3), data.cam_xpos, data.cam_xmat.reshape(-1, 3, 3)
+        frame = self._frame(self._poses(*(p[None] for p in poses)))
+        self._trace(frame, wp.empty((0, 3), dtype=wp.uint8, device=device))
+        scene.fixed, scene.drawn = self._array(fixed, int), self._array(~(fixed[:, None] & unmoved), int, 2)
         if device == "cpu":
             self.threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
             self.pool = ThreadPoolExecutor(self.threads)
-        self.drawn = ~(fixed[:, None] & self.background)  # (C, G)
 
     def _array(self, values, dtype, ndim: int = 1) -> wp.array:
         values = np.asarray(values)
@@ -353,7 +429,7 @@ class RayTracer:
         return wp.array(values, dtype=dtype, ndim=ndim, device=self.device)
 
     def _set_geometry(self, model: mujoco.MjModel, geoms: list) -> None:
-        """A mesh for each different geom, turned to boxes that fit: `rotation` (G, 3, 3) takes it to the geom's frame."""
+        """A mesh for each different geom, turned to boxes that fit: `turn` takes it to the geom's frame."""
         known, corners, rows = {}, [], []
         textures = []
         for geom in geoms:
@@ -377,7 +453,8 @@ class RayTracer:
             rows.append(known[key])
         meshes, first_face, rotation, centre, half = zip(*rows, strict=True)
         self.meshes = meshes  # Warp frees a mesh that Python forgets
-        self.rotation, self.centre, self.half = np.array(rotation), np.array(centre), np.array(half)
+        self.scene.turn, self.scene.centre = self._array(rotation, wp.mat33d), self._array(centre, wp.vec3d)
+        self.scene.half = self._array(half, wp.vec3d)
         points, normals, coordinates = (np.concatenate(x) for x in zip(*corners, strict=True))
         density = np.sqrt(_areas(coordinates) / np.maximum(_areas(points), 1e-12))
         self.scene.mesh = self._array([m.id for m in meshes], wp.uint64)
@@ -425,42 +502,33 @@ class RayTracer:
             setattr(scene, f"light_{ours}", self._array(values, wp.vec3))
 
     def render(self, geom_position, geom_rotation, camera_position, camera_rotation) -> np.ndarray:
-        """Pictures (B, C, H, W, 3) uint8, row 0 at the top, of poses (B, ngeom, 3), (B, ngeom, 3, 3), (B, C, 3), (B, C, 3, 3)."""
-        views = len(geom_position), camera_position.shape[1]
-        frame = self._frame(geom_position, geom_rotation, camera_position, camera_rotation, self.drawn)
-        picture = wp.empty((np.prod(views) * self.height * self.width, 3), dtype=wp.uint8, device=self.device)
-        self._trace(frame, int(np.prod(views)), picture)
-        return picture.numpy().reshape(*views, self.height, self.width, 3)
+        """Pictures (B, C, H, W, 3) uint8, row 0 at the top, of poses (B, ngeom, 3), (B, ngeom, 3, 3), (B, ncam, 3), (B, ncam, 3, 3)."""
+        shape = len(geom_position), *self.scene.background.shape[:1], self.height, self.width, 3
+        picture = wp.empty((np.prod(shape[:-1]), 3), dtype=wp.uint8, device=self.device)
+        self.draw(picture, *self._poses(geom_position, geom_rotation, camera_position, camera_rotation))
+        return picture.numpy().reshape(shape)
 
-    def _frame(self, geom_position, geom_rotation, camera_position, camera_rotation, drawn) -> Frame:
-        """Poses on the device, and which geoms a camera may see, nearest first; drawn: (C, G)."""
-        position, rotation = geom_position[:, self.geoms], geom_rotation[:, self.geoms] @ self.rotation
-        centre = position + np.einsum("bgij,gj->bgi", rotation, self.centre)
-        radius = np.linalg.norm(self.half, axis=-1)
+    def draw(self, picture: wp.array, geom_position, geom_rotation, camera_position, camera_rotation) -> None:
+        """Fill `picture` (B * C * H * W, 3) uint8 from poses that are on the device: (B, ngeom) vec3 and mat33, (B, ncam) likewise."""
+        self._trace(self._frame((geom_position, geom_rotation, camera_position, camera_rotation)), picture)
 
-        # the distance from the camera to the geom's box, and whether its bounding sphere is in the pyramid of view
-        from_camera = centre[:, None] - camera_position[:, :, None]  # (B, C, G, 3)
-        outside = np.abs(np.einsum("bcgi,bgij->bcgj", from_camera, rotation)) - self.half
-        nearest = np.linalg.norm(np.maximum(outside, 0), axis=-1)
-        offset = np.einsum("bcgi,bcij->bcgj", from_camera, camera_rotation)  # right, up, back of the camera
-        beyond = np.abs(offset[..., :2]) + offset[..., 2:] * self.tangents[:, None]
-        beyond = beyond / np.sqrt(1 + self.tangents**2)[:, None]  # distances outside the side planes
-        seen = drawn & (beyond < radius[:, None]).all(-1) & (offset[..., 2] < radius)
-        nearest = np.where(seen, nearest, np.inf)
-        order = nearest.argsort(-1)
+    def _poses(self, *poses: np.ndarray) -> list[wp.array]:
+        return [self._array(p, dtype, 2) for p, dtype in zip(poses, (wp.vec3d, wp.mat33d) * 2, strict=True)]
 
+    def _frame(self, poses) -> Frame:
+        (states, cameras, geoms), on = (poses[0].shape[0], *self.scene.drawn.shape), {"device": self.device}
         frame = Frame()
-        frame.geom_position, frame.geom_rotation = self._array(position, wp.vec3, 2), self._array(rotation, wp.mat33, 2)
-        frame.camera_position = self._array(camera_position, wp.vec3, 2)
-        frame.camera_rotation = self._array(camera_rotation, wp.mat33, 2)
-        frame.order, frame.count = self._array(order, int, 3), self._array(seen.sum(-1), int, 2)
-        frame.nearest = self._array(np.take_along_axis(nearest, order, -1), float, 3)
-        sphere = np.concatenate([from_camera, ((from_camera**2).sum(-1) - radius**2)[..., None]], -1)
-        frame.sphere = self._array(np.take_along_axis(sphere, order[..., None], 2), wp.vec4, 3)
+        frame.geom_position, frame.geom_rotation = (wp.empty((states, geoms), dtype=x, **on) for x in (wp.vec3, wp.mat33))
+        frame.camera_position, frame.camera_rotation = (wp.empty((states, cameras), dtype=x, **on) for x in (wp.vec3, wp.mat33))
+        frame.order, frame.nearest, frame.sphere = (wp.empty((states, cameras, geoms), dtype=x, **on) for x in (int, float, wp.vec4))
+        frame.count = wp.empty((states, cameras), dtype=int, **on)
+        wp.launch(place, (states, geoms), inputs=[self.scene, *poses, frame], **on)
+        wp.launch(arrange, (states, cameras), inputs=[frame], **on)
         return frame
 
-    def _trace(self, frame: Frame, views: int, picture: wp.array) -> None:
+    def _trace(self, frame: Frame, picture: wp.array) -> None:
         """Run the kernel over all pixels; on the CPU in pieces, since Warp itself uses one core."""
+        views = frame.count.size
         pixels = views * self.width * self.height
         piece = pixels if self.threads == 1 else -(-pixels // max(4 * self.threads, views))
 

@@ -4,7 +4,7 @@ LIBERO's HDF5 files store pictures bottom row first ("opengl"): `picture[::-1]`.
 by 180 degrees, which makes ours mirrored left to right: `picture[:, ::-1]`.
 
 Two renderers; outputs record which one was used (`renderer.name`), for a policy trained on one may not take the other's pictures:
-- "warp": our ray tracer (common/raytracer.py), on the CPU, without a GL library and under any MuJoCo version. It follows MuJoCo's
+- "warp": our ray tracer (common/raytracer.py), on the CPU or a GPU, without a GL library and under any MuJoCo version. It follows MuJoCo's
   OpenGL code in light and textures, with hard edges, without shadows (LIBERO's lights cast none) and without reflections.
 - "gl": MuJoCo's own, pixel for pixel LIBERO's OffScreenRenderEnv; needs a GL library (MUJOCO_GL=egl or osmesa).
 Both show the visual geoms (group 1), not the collision geoms (group 0), and no sites.
@@ -22,6 +22,7 @@ import subprocess
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mujoco
 import numpy as np
@@ -30,6 +31,12 @@ import tyro
 from common.cli import UserError, atomic_path, cache_dir, run_command
 from common.data import Episode, image_names, read_attrs, replace_images, require_sound
 from common.tasks import Task, load_task
+
+if TYPE_CHECKING:  # torch, Warp and MuJoCo Warp are imported late
+    import torch
+    import warp
+
+    from common.warp_env import LiberoWarpEnv
 
 RENDERERS = ("warp", "gl")
 CAMERAS = ("agentview", "robot0_eye_in_hand")
@@ -52,6 +59,7 @@ def make_renderer(
     height: int = 128,
     renderer: str = "warp",
     threads: int | None = None,
+    device: str = "cpu",
 ) -> Renderer:
     """A renderer of a model, which must not change afterwards.
 
@@ -59,7 +67,8 @@ def make_renderer(
         cameras: their names in the model.
         width, height: pixels, each 1 to 4096.
         renderer: "warp" or "gl".
-        threads: of "warp", default the cores that this process may use.
+        threads: of "warp" on the CPU, default the cores that this process may use.
+        device: of "warp": "cpu" or a GPU ("cuda", "cuda:1").
 
     Raises UserError if this machine cannot run the renderer, or for an unknown renderer, camera or size.
     """
@@ -72,7 +81,7 @@ def make_renderer(
     _check(renderer)
     if renderer == "gl":
         return _GLRenderer(model, cameras, width, height)
-    return _WarpRenderer(model, cameras, width, height, threads)
+    return _WarpRenderer(model, cameras, width, height, threads, warp_device(device).alias)
 
 
 class Renderer:
@@ -112,11 +121,23 @@ class _WarpRenderer(Renderer):
     name = "warp"
     batch = 64  # states at a time: bounds memory, and a larger one is no faster
 
-    def __init__(self, model: mujoco.MjModel, cameras: Sequence[str], width: int, height: int, threads: int | None):
+    def __init__(self, model: mujoco.MjModel, cameras: Sequence[str], width: int, height: int, threads: int | None, device: str):
         super().__init__(model, cameras, width, height)
         from common.raytracer import RayTracer
 
-        self.tracer = RayTracer(model, self.option, self.camera_ids, width, height, threads)
+        self.tracer = RayTracer(model, self.option, self.camera_ids, width, height, threads, device)
+
+    def render_worlds(self, env: LiberoWarpEnv) -> dict[str, torch.Tensor]:
+        """`render` of the environment's current states, as uint8 tensors on its device, which must be the renderer's: nothing is
+        copied through the host, and nothing waits for the device."""
+        import torch
+        import warp as wp
+
+        shape = env.num_envs, len(self.cameras), self.height, self.width, 3
+        with env.on_device():
+            pictures = torch.empty(shape, dtype=torch.uint8, device=wp.device_to_torch(env.device))
+            self.tracer.draw(wp.from_torch(pictures.view(-1, 3)), *env.poses())
+        return {name: pictures[:, i] for i, name in enumerate(self.cameras)}
 
     def _render(self, qpos: np.ndarray) -> np.ndarray:
         pictures = [self._render_batch(qpos[i : i + self.batch]) for i in range(0, len(qpos), self.batch)]
@@ -126,8 +147,8 @@ class _WarpRenderer(Renderer):
         poses = []
         for q in qpos:
             self._set(q)
-            camera = self.data.cam_xpos[self.camera_ids], self.data.cam_xmat[self.camera_ids].reshape(-1, 3, 3)
-            poses.append((self.data.geom_xpos.copy(), self.data.geom_xmat.reshape(-1, 3, 3).copy(), *camera))
+            matrices = self.data.geom_xmat.reshape(-1, 3, 3).copy(), self.data.cam_xmat.reshape(-1, 3, 3).copy()
+            poses.append((self.data.geom_xpos.copy(), matrices[0], self.data.cam_xpos.copy(), matrices[1]))
         return self.tracer.render(*(np.stack(p) for p in zip(*poses, strict=True)))
 
 
@@ -155,7 +176,7 @@ def _check(renderer: str) -> None:
     if renderer not in RENDERERS:
         raise UserError(f"no renderer {renderer!r}; choose from {', '.join(RENDERERS)}")
     if renderer == "warp":
-        _start_warp()
+        start_warp()
         return
     try:
         with warnings.catch_warnings():  # glfw's, where there is no display
@@ -168,7 +189,7 @@ def _check(renderer: str) -> None:
         ) from error
 
 
-def _start_warp() -> None:
+def start_warp() -> None:
     """Import Warp quietly, its compiled kernels in our cache folder."""
     try:
         import warp
@@ -188,6 +209,19 @@ def _start_warp() -> None:
         warp.config.kernel_cache_dir = str(folder)
     with _silent_stderr():
         warp.init()
+
+
+def warp_device(name: str) -> warp.Device:
+    """Warp's device "cpu", "cuda" or "cuda:1"; UserError if there is none of that name."""
+    start_warp()
+    import warp as wp
+
+    if name != "cpu" and not wp.is_cuda_available():
+        raise UserError(f"no CUDA device for Warp (asked for {name}); choose cpu, or use a GPU with a driver of CUDA 12.4 or later")
+    try:
+        return wp.get_device(name)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"no device {name!r}; choose from {', '.join(d.alias for d in wp.get_devices())}") from error
 
 
 @contextlib.contextmanager

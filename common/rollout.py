@@ -15,7 +15,7 @@ from common.cli import UserError
 from common.data import Episode, Recorder, read_episodes, write_episodes
 from common.env import LiberoVectorEnv, StateObservation, choose_backend, observe_states
 from common.observations import PixelEnv
-from common.runs import Progress, versions
+from common.runs import Progress, choose_device, versions
 from common.tasks import Task, find_human_demos
 
 # Observations (as the environment returns them), patterns (N,) -> actions (N, 7). A policy that remembers (that is amid a chunk of
@@ -29,13 +29,12 @@ def choose_devices(args: Any) -> Any:
     --device cpu takes the simulator off the GPU, too: --backend warp then runs on Warp's CPU device, which is for tests. So without
     a GPU, `auto` isn't enough for it.
     """
-    cuda = torch.cuda.is_available()
-    if not cuda and (args.device == "cuda" or (args.device == "auto" and args.backend == "warp")):
-        flag = "--device cuda" if args.device == "cuda" else "--backend warp"
-        raise UserError(f"{flag}: torch finds no GPU here; use --device cpu --backend cpu, or install torch's CUDA build and a driver")
-    device = "cuda" if cuda and args.device != "cpu" else "cpu"
-    pictures = args.obs == "pixels" and args.backend == "auto"  # Warp's worlds have none so far
-    return dataclasses.replace(args, device=device, backend="cpu" if pictures else choose_backend(args.backend, args.num_envs, device))
+    device = choose_device(args.device, args.compile)
+    if device == "cpu" and args.device == "auto" and args.backend == "warp":
+        raise UserError("--backend warp: torch finds no GPU here; use --backend cpu, or install torch's CUDA build and a driver")
+    if device == "cuda":  # what distributions check about their arguments is read from the GPU, and waited for, several times a minibatch
+        torch.distributions.Distribution.set_default_validate_args(False)
+    return dataclasses.replace(args, device=device, backend=choose_backend(args.backend, args.num_envs, device))
 
 
 def load_demos(demos: str, task: Task, num_demos: int, noise: float, seed: int, progress: Progress) -> tuple[list[Episode], str]:

@@ -125,6 +125,16 @@ def load_checkpoint(path: Path, script: str) -> dict:
     return content
 
 
+def choose_device(device: str, compile: bool) -> str:
+    """ "cpu" or "cuda": what --device (auto, cpu, cuda) means on this machine; UserError if it isn't there, or cannot --compile."""
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise UserError("--device cuda: torch finds no GPU here; use --device cpu, or install torch's CUDA build and a driver")
+    if compile and (device == "cpu" or not cuda):
+        raise UserError("--compile is for CUDA; leave it out on a CPU")
+    return "cuda" if cuda and device != "cpu" else "cpu"
+
+
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     """Torch's random streams that work on `device` draws from, for a checkpoint."""
     cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}

@@ -14,10 +14,11 @@ import copy
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import mujoco
 import numpy as np
+import torch
 from gymnasium.vector import AutoresetMode
 
 from common.cli import UserError
@@ -27,17 +28,23 @@ from common.env import (
     KP,
     NO_OP,
     NULL_KP,
+    QPOS,
+    QVEL,
+    SITE_XPOS,
     SUBSTEPS,
+    XIPOS,
+    XMAT,
+    XPOS,
     LiberoEnv,
     LiberoVectorEnv,
-    _goal_table,
-    _mass_addresses,
     axis_angle,
+    goal_table,
+    mass_addresses,
 )
-from common.render import _start_warp
+from common.render import start_warp, warp_device
 from common.tasks import Predicate, Task
 
-_start_warp()  # before MuJoCo Warp's import starts it: quietly, with our folder for compiled kernels
+start_warp()  # before MuJoCo Warp's import starts it: quietly, with our folder for compiled kernels
 
 try:
     import mujoco_warp as mjw
@@ -310,7 +317,7 @@ def control(
 
 @wp.struct
 class Goal:
-    """P conjuncts (see `common.env._goal_table`)."""
+    """P conjuncts (see `common.env.goal_table`)."""
 
     kind: wp.array(dtype=int)  # (P,)
     body: wp.array(dtype=int)
@@ -328,7 +335,7 @@ class Goal:
 
 def goal_struct(goal: Sequence[Predicate], ngeom: int) -> Goal:
     """The conjuncts on the current device."""
-    rows, out = _goal_table(tuple(goal)), Goal()
+    rows, out = goal_table(tuple(goal)), Goal()
     for name in ("kind", "body", "target", "joints", "inclusive", "any", "qpos"):
         setattr(out, name, _array(rows[name]))
     out.extent, out.sign, out.threshold = _array(rows["extent"], wp.vec3), _array(rows["sign"], float), _array(rows["threshold"], float)
@@ -440,18 +447,18 @@ def judge(
 
 @wp.func
 def entry(field: int, index: int, poses: Poses, world: int):
-    """A number of `common.env.FIELDS`, whose order this follows."""
-    if field == 0:
+    """A number of `common.env.FIELDS`."""
+    if field == wp.static(QPOS):
         return poses.qpos[world, index]
-    if field == 1:
+    if field == wp.static(QVEL):
         return poses.qvel[world, index]
-    if field == 5:
+    if field == wp.static(XPOS):
         return poses.xpos[world, index]
-    if field == 6:
+    if field == wp.static(XMAT):
         return poses.xmat[world, index]
-    if field == 7:
+    if field == wp.static(XIPOS):
         return poses.xipos[world, index]
-    if field == 8:
+    if field == wp.static(SITE_XPOS):
         return poses.site_xpos[world, index]
     return poses.site_xmat[world, index]
 
@@ -463,6 +470,19 @@ def observe(terms: wp.array2d(dtype=int), poses: Poses, obs: wp.array2d(dtype=fl
     if terms[k, 2] >= 0:
         value -= entry(terms[k, 2], terms[k, 3], poses, world)
     obs[world, k] = value
+
+
+@wp.kernel
+def join_state(time: wp.array(dtype=float), qpos: wp.array2d(dtype=float), qvel: wp.array2d(dtype=float), out: wp.array2d(dtype=float)):
+    """LIBERO's flattened simulator state."""
+    world, k = wp.tid()
+    nq = qpos.shape[1]
+    if k == 0:
+        out[world, k] = time[world]
+    elif k <= nq:
+        out[world, k] = qpos[world, k - 1]
+    else:
+        out[world, k] = qvel[world, k - 1 - nq]
 
 
 @wp.struct
@@ -614,16 +634,9 @@ def memory_needed(model: mujoco.MjModel, num_envs: int, sizes: Sizes) -> int:
 def find_device(device: str | None) -> wp.Device:
     """The Warp device "cuda", "cuda:1" or "cpu" (for tests); None is the first GPU. Raises UserError if it can't be used."""
     name = device or "cuda"
-    if name == "cpu":
-        return wp.get_device("cpu")
-    if not wp.is_cuda_available():
-        raise UserError(f"no CUDA device for the warp backend (asked for {name}); use the cpu backend, or a GPU with a driver of CUDA 12.4")
-    if not wp.is_conditional_graph_supported():
+    if name != "cpu" and wp.is_cuda_available() and not wp.is_conditional_graph_supported():
         raise UserError("the NVIDIA driver is too old for the warp backend, which needs CUDA 12.4; update it, or use the cpu backend")
-    try:
-        return wp.get_device(name)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"no device {name!r}; choose from {', '.join(d.alias for d in wp.get_devices())}") from error
+    return warp_device(name)
 
 
 # ---------------------------------------------------------------------------------------------- the environment
@@ -639,7 +652,7 @@ class LiberoWarpEnv(LiberoEnv):
         task, num_envs, seed, settle_steps, max_steps, autoreset_mode: as in LiberoVectorEnv.
         device: "cuda" (default), "cuda:1", ..., or "cpu".
         tensors: whether `reset` and `step` return torch tensors on the device (rewards float32), without any wait for it. Then
-            info always has final_obs, _final_obs and final_length, under SAME_STEP.
+            info always has final_obs, _final_obs, final_length and final_states, under SAME_STEP.
         nconmax, njmax: room for contacts (a world, on average) and constraint rows (every world), default `contact_sizes`.
 
     Raises UserError without such a device, with too little memory, or when contacts overflow.
@@ -664,7 +677,7 @@ class LiberoWarpEnv(LiberoEnv):
         default = contact_sizes(task)
         self.sizes = Sizes(nconmax or default.nconmax, njmax or default.njmax)
         model = warp_model(task.model)
-        self._check_memory(model)
+        self.require_memory(memory_needed(model, num_envs, self.sizes) + CUDA_OVERHEAD, CUDA_OVERHEAD)
         with wp.ScopedDevice(self.device):
             self._allocate(model)
             self._seed(seed)
@@ -672,14 +685,12 @@ class LiberoWarpEnv(LiberoEnv):
             if self.device.is_cuda:
                 self._record()
 
-    def _check_memory(self, model: mujoco.MjModel) -> None:
-        if not self.device.is_cuda:
-            return
-        needed, free = memory_needed(model, self.num_envs, self.sizes) + CUDA_OVERHEAD, self.device.free_memory
-        if needed > free:
+    def require_memory(self, needed: float, fixed: float = 0.0, what: str = "worlds") -> None:
+        """Raise UserError if `needed` bytes for all worlds, of which `fixed` are for any number of them, are not free on the GPU."""
+        if self.device.is_cuda and needed > (free := self.device.free_memory):
             raise UserError(
-                f"{self.num_envs} worlds of {self.task.id} need about {needed / 1e9:.1f} GB and {self.device.name} has "
-                f"{free / 1e9:.1f} GB free; take {int(self.num_envs * max(free - CUDA_OVERHEAD, 0) / (needed - CUDA_OVERHEAD))} at most"
+                f"{self.num_envs} {what} of {self.task.id} need about {needed / 1e9:.1f} GB and {self.device.name} has "
+                f"{free / 1e9:.1f} GB free; take {int(self.num_envs * max(free - fixed, 0) / (needed - fixed))} at most"
             )
 
     def _allocate(self, model: mujoco.MjModel) -> None:
@@ -698,7 +709,7 @@ class LiberoWarpEnv(LiberoEnv):
         arm = self._arm = Arm()
         arm.qpos, arm.dof, arm.actuator = _array(task.arm_qpos), _array(task.arm_dof), _array(task.arm_actuators)
         if self.model.is_sparse:
-            masses = _mass_addresses(task)
+            masses = mass_addresses(task)
         else:
             masses = np.array(task.arm_dof)[:, None] * data.qM.shape[2] + task.arm_dof
         arm.mass, arm.home = _array(masses), _array(task.initial_joints, real)
@@ -730,6 +741,7 @@ class LiberoWarpEnv(LiberoEnv):
         self._reward, self._length = wp.zeros(n, dtype=float), wp.zeros(n, dtype=int)
         self._terminated, self._truncated, self._done, self._mask = (wp.zeros(n, dtype=bool) for _ in range(4))
         self._obs, self._final_obs = (wp.zeros((n, self.observe.size), dtype=float) for _ in range(2))
+        self._final_states = wp.zeros((n, 1 + model.nq + model.nv), dtype=float)
         self._random = wp.full(n, -1, dtype=int)
         self._official = wp.full(n, -1, dtype=int)
         self._seed_array = wp.zeros(1, dtype=int)
@@ -761,7 +773,7 @@ class LiberoWarpEnv(LiberoEnv):
         official = np.full(self.num_envs, -1)
         if (indices := options.get("init_state")) is not None:
             official = self._checked_indices(_host(indices))
-        with wp.ScopedDevice(self.device), self._stream():
+        with self.on_device():
             if seed is not None:
                 self._seed(seed)
             self._restart(mask, official)
@@ -769,7 +781,7 @@ class LiberoWarpEnv(LiberoEnv):
             return self._out(self._obs), {"state_index": self._out(self._memory.state_index)}
 
     def step(self, actions):
-        with wp.ScopedDevice(self.device), self._stream():
+        with self.on_device():
             self._take_actions(actions)
             if self._graph is None:
                 self._control_step()
@@ -779,10 +791,11 @@ class LiberoWarpEnv(LiberoEnv):
             terminated, truncated = self._out(self._terminated), self._out(self._truncated)
             if self.autoreset_mode == AutoresetMode.SAME_STEP and (self.tensors or (terminated | truncated).any()):
                 final = (("final_obs", self._final_obs), ("_final_obs", self._done), ("final_length", self._length))
-                info = {name: self._out(values) for name, values in final}
+                info = {name: self._out(values) for name, values in (*final, ("final_states", self._final_states))}
             self._check_contacts()
         if not self.tensors:
-            reward, info = reward.astype(np.float64), {k: v.astype(np.int64) if k == "final_length" else v for k, v in info.items()}
+            types = {"final_length": np.int64, "final_states": np.float64}
+            reward, info = reward.astype(np.float64), {k: v.astype(types.get(k, v.dtype)) for k, v in info.items()}
         return observations, reward, terminated, truncated, info
 
     def close_extras(self, **kwargs):
@@ -825,16 +838,28 @@ class LiberoWarpEnv(LiberoEnv):
 
     def proprioception(self) -> dict[str, np.ndarray]:
         """LIBERO's robot observations, (num_envs, .) float64 each; see `common.env.proprioception`."""
-        task, qpos = self.task, self.data.qpos.numpy().astype(np.float64)
-        quat = self.data.xquat.numpy()[:, task.hand_body].astype(np.float64)
-        quat /= np.linalg.norm(quat, axis=1, keepdims=True)
-        return {
-            "ee_pos": self.data.site_xpos.numpy()[:, task.eef_site].astype(np.float64),
-            "ee_quat": quat[:, [1, 2, 3, 0]],
-            "ee_ori": np.stack([axis_angle(q) for q in quat]),
-            "gripper_states": qpos[:, task.gripper_qpos],
-            "joint_states": qpos[:, task.arm_qpos],
-        }
+        sensed = {name: x.cpu().numpy().astype(np.float64) for name, x in self.sensed().items()}
+        return sensed | {"ee_ori": np.stack([axis_angle(q) for q in sensed["ee_quat"][:, [3, 0, 1, 2]]])}
+
+    def sensed(self) -> dict[str, torch.Tensor]:
+        """`proprioception` but for ee_ori, as float32 tensors on the device."""
+        task = self.task
+        with self.on_device():
+            position, quat, qpos = (wp.to_torch(getattr(self.data, name)) for name in ("site_xpos", "xquat", "qpos"))
+            quat = quat[:, task.hand_body]
+            return {
+                "ee_pos": position[:, task.eef_site].clone(),
+                "ee_quat": (quat / quat.norm(dim=1, keepdim=True)).roll(-1, 1),
+                "gripper_states": torch.stack([qpos[:, i] for i in task.gripper_qpos], 1),
+                "joint_states": torch.stack([qpos[:, i] for i in task.arm_qpos], 1),
+            }
+
+    def poses(self) -> tuple[wp.array, wp.array, wp.array, wp.array]:
+        """Positions (N, .) vec3 (m) and rotations (N, .) mat33 of all geoms, then of all cameras, of the current states: MuJoCo Warp's
+        own arrays, good until the next step. To be called and used within `on_device`."""
+        mjw.com_pos(self.model, self.data)  # for cameras that track a centre of mass
+        mjw.camlight(self.model, self.data)
+        return self.data.geom_xpos, self.data.geom_xmat, self.data.cam_xpos, self.data.cam_xmat
 
     def _remembered(self) -> dict[str, wp.array]:
         names = ("goal_rot", "grip", "elapsed", "episode", "state_index", "broken")
@@ -869,6 +894,7 @@ class LiberoWarpEnv(LiberoEnv):
         wp.launch(judge, n, inputs=[self._goal, self._poses, memory, self._touching, self.max_steps], outputs=flags)
         self._look(self._final_obs)
         if self.autoreset_mode == AutoresetMode.SAME_STEP:
+            wp.launch(join_state, self._final_states.shape, inputs=[data.time, data.qpos, data.qvel], outputs=[self._final_states])
             self._begin(self._done, self._random)
             self._look(self._obs)
         else:
@@ -926,11 +952,12 @@ class LiberoWarpEnv(LiberoEnv):
             logging.getLogger(__name__).warning(message, self.task.id, broken, why)
             self._warned = 10 * broken  # not every time
 
-    def _stream(self):
-        """Work goes to torch's stream if tensors go in and out, so that neither waits for the other."""
-        if not (self.tensors and self.device.is_cuda):
-            return contextlib.nullcontext()
-        return wp.ScopedStream(wp.stream_from_torch(wp.device_to_torch(self.device)), sync_exit=True)
+    @contextlib.contextmanager
+    def on_device(self) -> Iterator[None]:
+        """What is launched within goes to the device, on CUDA to torch's stream: tensors go in and out, and neither waits for the other."""
+        stream = wp.stream_from_torch(wp.device_to_torch(self.device)) if self.device.is_cuda else None
+        with wp.ScopedDevice(self.device), wp.ScopedStream(stream, sync_exit=True):
+            yield
 
     def _out(self, array: wp.array):
         """A copy that the next step leaves alone: a torch tensor on the device, or on the host."""

@@ -460,14 +460,14 @@ def test_chunks_are_executed_and_begin_with_the_episode(learned, monkeypatch):
     """Each executed action is the next of its chunk, denoised from the observation at its begin; episodes end within chunks."""
     trainer, env = make_trainer(learned, chunk=2, execute=2, num_steps=21, critic_warmup=99)
     env.max_steps, planned = 7, []
-    denoise = trainer.agent.denoise
+    denoise = Agent.denoise
 
-    def spy(obs, floor):
-        path, means = denoise(obs, floor)
+    def spy(agent, obs, floor):
+        path, means = denoise(agent, obs, floor)
         planned.append((obs.clone(), path[:, -1].reshape(-1, 2, 7).clamp(-1, 1).numpy()))
         return path, means
 
-    monkeypatch.setattr(trainer.agent, "denoise", spy)
+    monkeypatch.setattr(Agent, "denoise", spy)
     first = trainer.obs.copy()
     trainer.run_iteration()
     queue, plans, obs = [[] for _ in range(16)], iter(planned), first

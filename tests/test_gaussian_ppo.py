@@ -68,7 +68,7 @@ CHAIN = {"actor_lr", "clip_coef", "std_start"}  # what has another size or meani
 def test_shared_options_are_the_same_in_every_script(script, other, excepted):
     mine, theirs = options(script), options(other)
     shared = mine.keys() & theirs.keys()
-    assert len(shared) >= 32 and excepted | {"device", "backend"} <= shared
+    assert len(shared) >= 32 and excepted | {"device", "backend", "compile"} <= shared
     assert {name for name in shared if mine[name] != theirs[name]} == excepted
     assert {name for name in shared if mine[name][0] != theirs[name][0]} <= {"actor_lr", "clip_coef"}
     if script == "gaussian_ppo":
@@ -85,13 +85,15 @@ def test_shared_options_are_the_same_in_every_script(script, other, excepted):
         (True, {"backend": "warp"}, ("cuda", "warp")),
         (True, {"device": "cuda", "backend": "cpu", "num_envs": 4096}, ("cuda", "cpu")),
         (True, {"device": "cpu", "num_envs": 4096}, ("cpu", "cpu")),
-        (True, {"obs": "pixels", "num_envs": 4096}, ("cuda", "cpu")),  # Warp's worlds have no pictures
+        (True, {"obs": "pixels", "backend": "warp"}, ("cuda", "warp")),
     ],
 )
 def test_what_auto_means(monkeypatch, gpu, given, chosen):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    checks = torch.distributions.Distribution
+    monkeypatch.setattr(checks, "_validate_args", True)
     args = rollout.choose_devices(Args(**given))
-    assert (args.device, args.backend) == chosen
+    assert (args.device, args.backend) == chosen and checks._validate_args == (chosen[0] == "cpu")
     assert dataclasses.replace(args, device="auto", backend="auto") == dataclasses.replace(Args(**given), device="auto", backend="auto")
     assert rollout.choose_devices(args) == args  # so that a resumed run is where it was
 
@@ -102,6 +104,8 @@ def test_no_gpu_to_learn_on(capsys, tmp_path, monkeypatch, script):
     for flags in ("--device cuda", "--backend warp"):
         line = refused(script, capsys, tmp_path, "--run-folder", tmp_path / "runs", *flags.split())
         assert f"{flags}: torch finds no GPU here" in line
+    for flags in ("--compile", "--compile --device cpu"):
+        assert "--compile is for CUDA" in refused(script, capsys, tmp_path, "--run-folder", tmp_path / "runs", *flags.split())
 
 
 # ---------------------------------------------------------------------------------------------- Learn

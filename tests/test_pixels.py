@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 import pytest
 import test_dlr_discover
@@ -20,7 +21,7 @@ from common import rollout
 from common.cli import UserError
 from common.data import read_episodes, write_episodes
 from common.env import make_env
-from common.networks import make_obs_encoder
+from common.networks import compiled, make_obs_encoder
 from common.observations import TensorDict, join, obs_buffer, to_tensor
 from common.render import make_renderer
 from common.runs import Progress, load_checkpoint, save_checkpoint
@@ -138,15 +139,15 @@ def pixel_space() -> gym.spaces.Dict:
     return gym.spaces.Dict({"agentview_rgb": gym.spaces.Box(0, 255, (32, 32, 3), np.uint8), "proprio": proprio})
 
 
-def make_trainer(script, seed=0, **changes):
-    """Reinforce of each script on a plane of pictures, with random weights."""
+def make_trainer(script, env=None, seed=0, **changes):
+    """Reinforce of each script, with random weights, in `env`: by default a plane of pictures."""
     settings = dict(num_steps=6, total_steps=4 * 6 * 8, hidden=16, num_minibatches=1, update_epochs=1, critic_warmup=0)
     torch.manual_seed(0)
-    if script is dlr_discover:
-        env = with_pictures(test_dlr_discover.Plane)(num_envs=4, max_steps=4, seed=seed)
-    else:
-        env = with_pictures(test_gaussian_ppo.Plane)(num_envs=4, max_steps=4, seed=seed)
-    encoder, args = make_obs_encoder(pixel_space()), script.Args(**(settings | changes))
+    plane = (test_dlr_discover if script is dlr_discover else test_gaussian_ppo).Plane
+    env = env or with_pictures(plane)(num_envs=4, max_steps=4, seed=seed)
+    space = getattr(env, "single_observation_space", None)  # a plane has none
+    space = space or (pixel_space() if isinstance(env.observations(), dict) else env.observations()[0])
+    encoder, args = make_obs_encoder(space), script.Args(**(settings | changes))
     if script is diffusion_ppo:
         args = dataclasses.replace(args, chunk=2, execute=2, denoising_steps=3, finetune_steps=2)
         return script.Reinforce(args, env, script.Agent(args, encoder))
@@ -182,6 +183,62 @@ def test_first_minibatch_has_ratio_one_in_pixels(script, monkeypatch):
     assert isinstance(seen, TensorDict) and seen["agentview_rgb"].dtype == torch.uint8
     tops = (seen["agentview_rgb"][:4, :, :, 0] == 250).any(2).int().argmax(1)  # where the four points begin, 1 pixel apart at most
     assert tops.max() - tops.min() >= 3
+
+
+@SCRIPTS
+def test_compiled_updates_are_the_eager_ones(script, monkeypatch):
+    """--compile, up to the compiler itself (which needs CUDA): all of acting and of the losses is traced, and gives the same weights."""
+    traced, trace = [], torch.compile
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", False)  # as on CUDA
+    monkeypatch.setattr(torch, "compile", lambda f, mode: traced.append(f) or trace(f, backend="aot_eager", fullgraph=True))
+    results = []
+    for compile in (False, True):
+        plane = (test_dlr_discover if script is dlr_discover else test_gaussian_ppo).Plane
+        trainer = make_trainer(script, plane(num_envs=4, max_steps=4, seed=0), num_minibatches=2, step_kl=1e-7, compile=compile)
+        logs = trainer.run_iteration()
+        assert logs["losses/updates"] == 2  # the second one does not move the policy any more
+        results.append(weights(trainer.agent))
+    assert same(*results) and len(traced) == 2
+    compiled.cache_clear()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@SCRIPTS
+def test_compiled_losses_on_cuda(script, monkeypatch):
+    """One batch: compiled on the GPU against eager on the CPU. States; pictures are in bfloat16."""
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", False)
+    plane, batches, results = (test_dlr_discover if script is dlr_discover else test_gaussian_ppo).Plane, [], []
+    trainer = make_trainer(script, plane(num_envs=4, max_steps=4, seed=0))
+    update = script.ppo_update
+
+    def spy(args, agent, optimizer, batch, train_actor):
+        batches.append((batch, weights(agent)))
+        return update(args, agent, optimizer, batch, train_actor)
+
+    monkeypatch.setattr(script, "ppo_update", spy)
+    trainer.run_iteration()
+    ((batch, before),), args, agent = batches, trainer.args, trainer.agent
+    weighing = [script.denoising_weights(args)] if script is diffusion_ppo else []
+    agent.load_state_dict(before)
+    for device, compile in (("cpu", False), ("cuda", True)):
+        agent.to(device).zero_grad()
+        here = [[x.to(device) for x in w] for w in weighing]
+        row = compiled(script.ppo_losses, compile)(args, agent, *here, {name: x.to(device) for name, x in batch.items()}, True)
+        (row["value_loss"] + row["policy_loss"]).backward()
+        results.append([x.detach().cpu() for x in (*row.values(), *(p.grad for p in agent.parameters() if p.grad is not None))])
+    for eager, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, eager, atol=1e-4, rtol=1e-3)
+    compiled.cache_clear()
+
+
+@pytest.mark.skipif(mujoco.__version__ < "3.8", reason="MuJoCo Warp needs mujoco 3.8 or later")
+@SCRIPTS
+def test_ppo_on_pictures_of_warps_worlds(script, drawer_task):
+    """--obs pixels --backend warp, on Warp's CPU device."""
+    env = make_env(drawer_task, 2, obs="pixels", image_size=32, backend="warp", device="cpu", settle_steps=0, max_steps=2)
+    trainer = make_trainer(script, env, num_steps=3)
+    logs = trainer.run_iteration()
+    assert logs["losses/ratio"] == pytest.approx(1.0, abs=1e-4) and logs["losses/updates"] == 1 and logs["charts/episodic_length"] == 2
 
 
 @SCRIPTS

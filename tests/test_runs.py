@@ -247,6 +247,7 @@ def fail(error):
         (UserError("what is wrong;\n what to do"), 2, "error: what is wrong; what to do\n"),
         (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 2, "cannot write /x/y: No space left on device"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "cannot write /x: Permission denied"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), 2, "error: the GPU's memory is full (CUDA out of memory. Tried)"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -89,6 +90,17 @@ def test_a_replayed_demonstration_succeeds(drawer_task, official, short, num_env
     assert row["mean_length"] == np.mean([e.length for e in official.values()])
 
 
+@pytest.mark.skipif(mujoco.__version__ < "3.8", reason="MuJoCo Warp needs mujoco 3.8 or later")
+def test_trials_on_warp(drawer_task, monkeypatch):
+    """--backend warp, on Warp's CPU device: trials begin as on the CPU backend, and end."""
+    monkeypatch.setitem(tasks.MAX_STEPS, "libero_goal", 2)
+    camera = make_renderer(drawer_task.model, tuple(vla_data.CAMERAS.values()), 16, 16)
+    both = [evaluate(drawer_task, replay({}, 8, []), camera, 2, 2, 8, lambda trial: None, backend=b, device="cpu") for b in ("cpu", "warp")]
+    for cpu, warp in zip(*both, strict=True):
+        assert warp.init_state == cpu.init_state and not warp.success and len(warp.qpos) == 2
+        np.testing.assert_allclose(warp.qpos, cpu.qpos, atol=1e-5)
+
+
 def test_trials_begin_as_published_evaluations_do(drawer_task, short):
     """From the official init states in order, after ten no-ops."""
     camera = make_renderer(drawer_task.model, tuple(vla_data.CAMERAS.values()), 16, 16)
@@ -124,8 +136,6 @@ def test_expand_suites_and_tasks(drawer_task):
 
 
 def test_mismatches_are_errors_unless_allowed(drawer_task):
-    import mujoco
-
     good = {"renderer": "warp", "assets": drawer_task.assets, "corpora": [{"mujoco": mujoco.__version__}, {"mujoco": "unknown"}]}
     said = []
     check_match(good, drawer_task, "warp", False, said.append)
@@ -194,6 +204,7 @@ def test_from_demonstrations_to_results(flags, tmp_path, monkeypatch, drawer_tas
         (["--chunk", "6"], "has --chunk 4, not 6"),
         (["--size", "tiny"], "has --size micro, not tiny"),
         (["--crop", "0.6"], "has --crop 30, not 20"),
+        (["--backend", "warp"], "--backend warp: torch finds no GPU here"),
         (["--replan", "5"], "--replan 5 is more than the 4 actions of a chunk"),
         (["--trials", "51"], "--trials must be at most 50"),
         (["--num-envs", "0"], "--num-envs must be at least 1"),

@@ -123,6 +123,15 @@ def test_goals_are_the_cpu_backends():
 # ---------------------------------------------------------------------------------------------- the environment
 
 
+@dataclasses.dataclass
+class Small:
+    """A GPU of little memory."""
+
+    is_cuda: bool = True
+    name: str = "small GPU"
+    free_memory: int = 2_000_000_000
+
+
 @pytest.fixture(scope="module")
 def envs(drawer_task):
     """A CPU and a Warp environment of two worlds, without settling; resets are up to the caller."""
@@ -199,6 +208,7 @@ def test_autoreset_tensors_and_snapshot(drawer_task):
     snapshot = env.snapshot()
     obs, _, terminated, truncated, info = env.step(action)
     assert truncated.all() and not terminated.any() and info["_final_obs"].all() and info["final_length"].tolist() == [2, 2]
+    np.testing.assert_allclose(info["final_states"][:, 0], 0.1, rtol=1e-5)  # s
     states = env.get_state()
     for row in states:
         assert any(np.array_equal(row[1:], state[1:].astype(np.float32)) for state in drawer_task.train_states)
@@ -209,6 +219,39 @@ def test_autoreset_tensors_and_snapshot(drawer_task):
     assert torch.equal(again[0], obs) and torch.equal(again[4]["final_obs"], info["final_obs"])  # the CPU device is deterministic
     with pytest.raises(ValueError, match="shape"):
         env.step(torch.zeros(3, 7))
+
+
+def test_pictures_of_worlds(drawer_task):
+    """Traced from MuJoCo Warp's own poses into tensors: what the renderer makes of these poses, and of the states but for a few edges."""
+    torch = pytest.importorskip("torch")
+    cameras = ("agentview", "robot0_eye_in_hand")
+    options = dict(obs="pixels", image_size=32, cameras=cameras, settle_steps=0, max_steps=1)
+    env = make_env(drawer_task, 2, backend="warp", device="cpu", **options)
+
+    def check(obs, states):
+        expected = env.pixels(states)
+        assert obs.keys() == expected.keys() and all(isinstance(x, torch.Tensor) for x in obs.values())
+        np.testing.assert_allclose(obs["proprio"].numpy(), expected.pop("proprio"), atol=1e-6)
+        for name, pictures in expected.items():  # single precision moves an edge across the middle of a pixel
+            assert obs[name].dtype == torch.uint8 and (obs[name].numpy() != pictures).any(-1).mean() < 0.005
+
+    obs, _ = env.reset(options={"init_state": [0, 1]})
+    check(obs, env.get_state())
+    drawn = env.pixels.renderer.tracer.render(*(x.numpy() for x in env.env.poses()))
+    for i, name in enumerate(env.pixels.names.values()):
+        np.testing.assert_array_equal(obs[name].numpy()[:, ::-1], drawn[:, i])
+    assert not torch.equal(obs["agentview_rgb"][0], obs["agentview_rgb"][1])
+    before = obs["agentview_rgb"].clone()
+    obs, _, _, truncated, info = env.step(np.full((2, 7), 0.5))
+    check(obs, env.get_state())
+    assert truncated.all()
+    for name, values in env.pixels(info["final_states"]).items():
+        np.testing.assert_array_equal(info["final_obs"][name].numpy(), values)
+    assert not torch.equal(info["final_obs"]["proprio"], obs["proprio"])  # training states have taken the last ones' place
+    assert torch.equal(env.reset(options={"init_state": [0, 1]})[0]["agentview_rgb"], before)
+    env.env.device = Small(free_memory=20_000)
+    with pytest.raises(UserError, match="2 worlds' pictures of .* need about 0.0 GB and small GPU has 0.0 GB free; take 1 at most"):
+        type(env)(env.env, 32, cameras, "warp")
 
 
 def test_overflow_is_reported(drawer_task, rest, caplog):
@@ -255,9 +298,6 @@ def test_bad_input(drawer_task, envs, monkeypatch):
     with pytest.raises(UserError, match="cannot simulate .*noslip.*; use the cpu backend"):
         make_env(dataclasses.replace(drawer_task, model=model), backend="warp", device="cpu", settle_steps=0)
 
-    class Small:
-        is_cuda, name, free_memory = True, "small GPU", 2_000_000_000
-
     monkeypatch.setattr(warp_env, "find_device", lambda device: Small())
     with pytest.raises(UserError, match=r"100000 worlds of .* need about \d+\.\d GB and small GPU has 2\.0 GB free; take \d+ at most"):
         make_env(drawer_task, 100_000, backend="warp")
@@ -266,7 +306,7 @@ def test_bad_input(drawer_task, envs, monkeypatch):
 def test_without_a_usable_gpu(monkeypatch):
     monkeypatch.setattr(wp, "is_cuda_available", lambda: False)
     for device in (None, "cuda", "cuda:1"):
-        with pytest.raises(UserError, match="no CUDA device for the warp backend"):
+        with pytest.raises(UserError, match="no CUDA device for Warp"):
             warp_env.find_device(device)
     assert choose_backend("auto", 100_000) == "cpu" and choose_backend("auto", 1) == "cpu"
     monkeypatch.setattr(wp, "is_cuda_available", lambda: True)
@@ -274,6 +314,20 @@ def test_without_a_usable_gpu(monkeypatch):
     with pytest.raises(UserError, match="driver is too old"):
         warp_env.find_device("cuda")
     assert choose_backend("auto", 100_000) == "cpu"
+
+
+@pytest.mark.skipif(not wp.is_cuda_available(), reason="needs a CUDA device")
+def test_pictures_on_cuda(drawer_task):
+    """Traced on the GPU, of Warp's worlds and of the same states from the CPU, against the tracer on the CPU."""
+    options = dict(obs="pixels", image_size=64, cameras=("agentview", "robot0_eye_in_hand"), settle_steps=0)
+    env = make_env(drawer_task, 2, backend="warp", device="cuda", **options)
+    obs, _ = env.reset(options={"init_state": [0, 1]})
+    obs = env.step(np.full((2, 7), 0.5))[0]
+    expected, sent = (make_env(drawer_task, 2, device=device, **options).pixels(env.get_state()) for device in ("cpu", "cuda"))
+    for name, x in expected.items():
+        assert obs[name].is_cuda
+        for found in (obs[name].cpu().numpy(), sent[name]):
+            assert (np.abs(found.astype(float) - x) > (2 if name.endswith("rgb") else 1e-5)).mean() < 0.005
 
 
 @pytest.mark.skipif(not wp.is_cuda_available(), reason="needs a CUDA device")

@@ -1,0 +1,76 @@
+"""What benchmarks compute: intervals, reports, and the loops over MuJoCo Warp at tiny size, on its CPU device."""
+
+from __future__ import annotations
+
+import mujoco
+import numpy as np
+import pytest
+from test_gaussian_ppo import refused
+
+from benchmarks import fidelity, throughput
+from common.cli import UserError
+from common.demonstrator import SKILLS, Strategy
+from common.env import make_env
+
+needs_warp = pytest.mark.skipif(tuple(int(x) for x in mujoco.__version__.split(".")[:2]) < (3, 8), reason="MuJoCo Warp needs mujoco 3.8")
+
+
+def test_newcombe_interval():
+    """The first example of Newcombe 1998, table II, method 10; and no difference."""
+    assert fidelity.newcombe_interval((56, 48), (70, 80)) == pytest.approx((0.0524, 0.3339), abs=5e-5)
+    low, high = fidelity.newcombe_interval((200, 200), (200, 200))
+    assert low == pytest.approx(-high) and 0 < high < 0.02
+
+
+def test_report_of_backends():
+    rows = [
+        dict(task="libero_goal/0", policy="scripted", episodes=200, cpu=198, warp=197, difference=-0.005, interval=(-0.03, 0.02)),
+        dict(task="libero_90/9", policy="run", episodes=200, cpu=180, warp=172, difference=-0.04, interval=(-0.1, 0.02)),
+    ]
+    lines = fidelity.report_backends(rows).splitlines()
+    assert lines[2] == "| libero_goal/0 | scripted | 200 | 99.0% | 98.5% | -0.5 (-3.0 to +2.0) |"
+    assert lines[-1] == "Differences of more than 3 points: libero_90/9 (run)."
+    assert fidelity.report_backends(rows[:1]).endswith("3 points: none.")
+
+
+@needs_warp
+def test_the_demonstrator_does_the_same_on_both_backends(drawer_task):
+    env = make_env(drawer_task)
+    env.reset(seed=0)
+    (goal,) = drawer_task.goal
+    skill = SKILLS[goal.name]
+    hold = skill.order(skill.holds(drawer_task, goal, env.data[0]))[0]
+    ways, episodes = [Strategy(path, {"contact": hold, "path": path}) for path in ("direct", "over")], []
+    policy = lambda env: fidelity.Scripted(env, ways, 0.1)  # noqa: E731
+    row = fidelity.compare_backends(drawer_task, policy, [(0, 3), (1, 4)], 2, "cpu", episodes.append, max_steps=3)
+    assert row == {"episodes": 2, "cpu": 0, "warp": 0, "difference": 0.0, "interval": row["interval"]} and len(episodes) == 4
+    for cpu, warp in zip(*(sorted(half, key=lambda e: e.attrs["pattern"]) for half in (episodes[:2], episodes[2:])), strict=True):
+        assert cpu.length == warp.length == 3
+        np.testing.assert_allclose(warp.actions, cpu.actions, atol=1e-3)
+        np.testing.assert_allclose(warp.final_state[1 : 1 + drawer_task.model.nq], cpu.final_state[1 : 1 + drawer_task.model.nq], atol=1e-4)
+    assert np.abs(episodes[0].actions - episodes[1].actions).max() > 0.05
+
+
+@needs_warp
+@pytest.mark.parametrize("pixels", [False, True])
+def test_throughput_of_warp(drawer_task, pixels, monkeypatch):
+    monkeypatch.setattr(throughput, "SIZE", 16)
+    args = throughput.Args(steps=1, blocks=1, worlds=[2], pixels=pixels)
+    row = throughput.measure_warp(drawer_task, args, "cpu")[2]
+    assert row["steps_per_second"] > 0 and row["startup_seconds"] > 0 and row["graph_seconds"] == 0.0
+    speeds = {"libero": 1.0, "ours": 2.0}
+    results = {drawer_task.id: {"warp": {2: row}, "all_cores": speeds, "steps_all_cores": {"ours": 2.0}}}
+    _, head, _, line = throughput.report_warp(results, 4, pixels)
+    assert line.startswith(f"| {drawer_task.id} | 2 | {row['steps_per_second']:.0f} |") and line.count("|") == head.count("|") == 9 + pixels
+    assert ("pictures_per_second" in row) == ("pictures/s alone" in head) == pixels
+
+
+def test_refused(capsys, tmp_path):
+    for flags, message in (
+        ("--part backends flags", "--part backends stands alone"),
+        ("--part backends --episodes 0", "at least 1"),
+        ("--part backends --device cpu --runs nowhere", "nowhere is not the folder of a finished run"),
+    ):
+        assert message in refused(fidelity, capsys, tmp_path, *flags.split())
+    with pytest.raises(UserError, match="is not the folder of a finished run"):
+        fidelity.load_policy(tmp_path, None)
