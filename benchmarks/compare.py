@@ -141,13 +141,10 @@ def measure(task: Task, episodes: list[Episode]) -> dict[str, float]:
 
 def demonstrator_consistency(task: Task, noise: float) -> float:
     """`rollout.measure_consistency` of the scripted demonstrator, a pattern being a strategy."""
-    pairs, repeats = rollout.SAME_START
     ways = len(strategies(task))
-    states = range(-(-pairs // ways))
+    states, repeats = rollout.same_starts(task, ways)
     episodes = collect(task, ways * len(states) * repeats, noise=noise, keep_failures=True, init_states=states)
-    episodes = [e for e in episodes if e.success]
-    groups = [(e.attrs["strategy_index"], e.attrs["init_state"]) for e in episodes]
-    return metrics.consistency(rollout.path_features(task, episodes), groups)
+    return rollout.dispersion(task, episodes, "strategy_index")
 
 
 def table(rows: dict[str, list[dict[str, float]]]) -> str:

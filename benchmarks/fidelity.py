@@ -46,8 +46,6 @@ import mujoco
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-import dlr_discover
-import gaussian_ppo
 from common.cli import UserError, run_command
 from common.demonstrator import Demonstrator, Strategy, strategies
 from common.env import NO_OP, make_env, predicate_holds, success
@@ -326,6 +324,9 @@ class Scripted:
 def load_policy(run: Path, assets: str | None) -> tuple[Task, dict, Callable, list[int]]:
     """Of a run of dlr_discover.py or gaussian_ppo.py: its task, what its environment is made with, what makes its policy for an
     environment, and its patterns."""
+    import dlr_discover  # late: they bring TensorBoard, which the processes of the other parts do without
+    import gaussian_ppo
+
     try:
         config, summary = (json.loads((run / name).read_text()) for name in ("config.json", "summary.json"))
         script = {"dlr_discover": dlr_discover, "gaussian_ppo": gaussian_ppo}[config["script"]]

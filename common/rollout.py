@@ -163,23 +163,30 @@ class Disturbed:
         return actions.clip(-1, 1)
 
 
-SAME_START = 10, 4  # consistency is measured on so many pairs (pattern, official init state) or a few more, each rolled out so often
+def same_starts(task: Task, num_patterns: int) -> tuple[range, int]:
+    """What consistency is measured on: the official init states that each pattern begins from, ten of all patterns or a few more, and
+    how often it is rolled out from each."""
+    return range(min(-(-10 // num_patterns), len(task.init_states))), 4
+
+
+def dispersion(task: Task, episodes: Sequence[Episode], pattern: str = "pattern") -> float:
+    """`metrics.consistency` (m) of the successful episodes, grouped by official init state and by their attribute `pattern`."""
+    done = [e for e in episodes if e.success]
+    return metrics.consistency(path_features(task, done), [(e.attrs[pattern], e.attrs["init_state"]) for e in done])
 
 
 def measure_consistency(
     env: LiberoVectorEnv, policy: Policy, patterns: Sequence[int], noise: float, seed: int, progress: Progress
 ) -> float:
-    """`metrics.consistency` of rollouts from the same init state with the same pattern, in m; lower is more consistent.
+    """`dispersion` of rollouts from the same init state with the same pattern, in m; lower is more consistent.
 
     The policies that are evaluated are deterministic, so what parts the rollouts is action noise (standard deviation `noise`), the
     same for every policy as for the scripted demonstrator: it measures how firmly a policy comes back to its way.
     """
-    pairs, repeats = SAME_START
-    states = min(-(-pairs // len(patterns)), len(env.task.init_states))
-    jobs = [(z, i) for z in patterns for i in range(states) for _ in range(repeats)]
+    states, repeats = same_starts(env.task, len(patterns))
+    jobs = [(z, i) for z in patterns for i in states for _ in range(repeats)]
     progress.stage("consistency", len(jobs))
-    episodes = [e for e in roll_out(env, Disturbed(policy, noise, seed), jobs, lambda e: progress.update(1)) if e.success]
-    return metrics.consistency(path_features(env.task, episodes), [(e.attrs["pattern"], e.attrs["init_state"]) for e in episodes])
+    return dispersion(env.task, roll_out(env, Disturbed(policy, noise, seed), jobs, lambda e: progress.update(1)))
 
 
 def write_corpus(
