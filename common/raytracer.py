@@ -21,6 +21,7 @@ wp.set_module_options({"enable_backward": False, "fast_math": True})
 UNIT = 1000.0  # meshes are kept in millimetres: Warp widens their boxes by 0.001
 FAR = 1.0e6
 REVOLVED = mujoco.mjtGeom.mjGEOM_SPHERE, mujoco.mjtGeom.mjGEOM_ELLIPSOID, mujoco.mjtGeom.mjGEOM_CAPSULE, mujoco.mjtGeom.mjGEOM_CYLINDER
+TILE = 16  # pixels
 MAX_LEVELS = 13  # mipmap levels of a texture: 4096 pixels and down
 MAX_LAYERS = 4  # transparent surfaces seen through each other
 SRGB = np.linspace(0, 1, 256)
@@ -28,40 +29,70 @@ SRGB_TO_LINEAR = np.round(255 * np.where(SRGB <= 0.04045, SRGB / 12.92, ((SRGB +
 
 
 @wp.struct
-class Scene:
-    """What is the same in every state. G geoms, F faces, T textures, L lights, C cameras."""
+class Geom:
+    """What is drawn of one geom: a mesh, turned so that its box fits well."""
 
-    geom: wp.array(dtype=int)  # (G,) their numbers in the model
-    turn: wp.array(dtype=wp.mat33d)  # (G,) from the mesh's frame to the geom's
-    centre: wp.array(dtype=wp.vec3d)  # (G,) of the mesh's box
-    half: wp.array(dtype=wp.vec3d)  # (G,) half the box's sides
-    camera: wp.array(dtype=int)  # (C,) their numbers in the model
-    tangent: wp.array(dtype=wp.vec2d)  # (C,) of half the field of view, across and up
-    drawn: wp.array(dtype=int, ndim=2)  # (C, G) 0: part of the camera's background
-    mesh: wp.array(dtype=wp.uint64)  # (G,)
-    first_face: wp.array(dtype=int)  # (G,) where the mesh's rows begin in the next three
-    normals: wp.array(dtype=wp.vec3, ndim=2)  # (F, 3) at a face's corners
-    coordinates: wp.array(dtype=wp.vec3, ndim=2)  # (F, 3) of the texture: (u, v, 0), or a direction in a cube
-    density: wp.array(dtype=float)  # (F,) change of the coordinates a metre
-    rgba: wp.array(dtype=wp.vec4)  # (G,)
-    gloss: wp.array(dtype=wp.vec3)  # (G,) emission, specular, shininess exponent
-    texture: wp.array(dtype=int)  # (G,) or -1
-    levels: wp.array(dtype=wp.vec3i, ndim=2)  # (T, MAX_LEVELS) mipmaps: first byte, width, height
+    id: int  # its number in the model
+    turn: wp.mat33d  # from the mesh's frame to the geom's
+    centre: wp.vec3d  # of the mesh's box
+    half: wp.vec3d  # half the box's sides
+    mesh: wp.uint64
+    first_face: int  # where the mesh's faces begin in `Scene.faces`
+    rgba: wp.vec4
+    gloss: wp.vec3  # emission, specular, shininess exponent
+    texture: int  # or -1
+
+
+@wp.struct
+class Face:
+    """A triangle; in the columns of its matrices stand its corners."""
+
+    normals: wp.mat33
+    coordinates: wp.mat33  # of the texture: (u, v, 0), or a direction in a cube
+    density: float  # change of the coordinates a metre
+
+
+@wp.struct
+class Light:
+    position: wp.vec3
+    direction: wp.vec3
+    diffuse: wp.vec3
+    specular: wp.vec3
+    attenuation: wp.vec3
+    spot: wp.vec2  # cosine of the cone's half angle, exponent; (-2, 0): a directional light
+
+
+@wp.struct
+class Camera:
+    id: int  # its number in the model
+    pixel: float  # a pixel's size at distance 1
+    fixed: int  # 1 if it has a background
+
+
+@wp.struct
+class Textures:
+    """T textures with their mipmaps."""
+
+    levels: wp.array(dtype=wp.vec3i, ndim=2)  # (T, MAX_LEVELS) mipmaps: first texel, width, height
     last_level: wp.array(dtype=int)  # (T,)
     cube_faces: wp.array(dtype=int)  # (T,) images in a cube: 6, or 1 for all sides; 0: a 2-D texture
-    texels: wp.array(dtype=wp.uint8)
+    texels: wp.array(dtype=wp.uint32)  # red, green and blue from the lowest byte up
+
+
+@wp.struct
+class Scene:
+    """What is the same in every state. Few arrays, since on a CPU Warp copies this for every pixel, 56 bytes an array."""
+
+    geoms: wp.array(dtype=Geom)  # (G,)
+    faces: wp.array(dtype=Face)  # (F,) of all meshes
+    lights: wp.array(dtype=Light)  # (L,)
+    cameras: wp.array(dtype=Camera)  # (C,)
+    drawn: wp.array(dtype=int, ndim=2)  # (C, G) 0: part of the camera's background
+    background: wp.array(dtype=wp.vec4, ndim=2)  # (C, H * W) colour and distance of what never moves before a fixed camera
+    textures: Textures
     sky: int  # the texture around the scene, or -1: black
     ambient: wp.vec3  # of all lights together
     headlight: int  # the light that looks along the camera, or -1
-    light_position: wp.array(dtype=wp.vec3)  # (L,)
-    light_direction: wp.array(dtype=wp.vec3)  # (L,)
-    light_diffuse: wp.array(dtype=wp.vec3)  # (L,)
-    light_specular: wp.array(dtype=wp.vec3)  # (L,)
-    light_attenuation: wp.array(dtype=wp.vec3)  # (L,)
-    light_spot: wp.array(dtype=wp.vec2)  # (L,) cosine of the cone's half angle, exponent; (-2, 0): a directional light
-    pixel: wp.array(dtype=float)  # (C,) a pixel's size at distance 1
-    background: wp.array(dtype=wp.vec4, ndim=2)  # (C, H * W) colour and distance of what never moves before a fixed camera
-    fixed: wp.array(dtype=int)  # (C,) 1 if the camera has a background
     near: float
     width: int
     height: int
@@ -69,16 +100,16 @@ class Scene:
 
 @wp.struct
 class Frame:
-    """B states, filled by `place` and `arrange`. `order` lists the geoms that a camera may see, nearest first."""
+    """B states, filled by `place` and `arrange`. `order` lists the geoms that a tile of a picture may show, nearest first."""
 
     geom_position: wp.array(dtype=wp.vec3, ndim=2)  # (B, G)
     geom_rotation: wp.array(dtype=wp.mat33, ndim=2)  # (B, G)
     camera_position: wp.array(dtype=wp.vec3, ndim=2)  # (B, C)
     camera_rotation: wp.array(dtype=wp.mat33, ndim=2)  # (B, C)
-    order: wp.array(dtype=int, ndim=3)  # (B, C, G) the first `count` of each row
-    nearest: wp.array(dtype=float, ndim=3)  # (B, C, G) how near they can be, FAR if out of sight
+    nearest: wp.array(dtype=float, ndim=3)  # (B, C, G) how near they can be, FAR if not drawn
     sphere: wp.array(dtype=wp.vec4, ndim=3)  # (B, C, G) around them: c = centre - camera, and c.c - radius^2
-    count: wp.array(dtype=int, ndim=2)  # (B, C)
+    order: wp.array(dtype=int, ndim=4)  # (B, C, tiles, G) the first `count` of each row
+    count: wp.array(dtype=int, ndim=3)  # (B, C, tiles)
 
 
 @wp.struct
@@ -104,31 +135,25 @@ def place(
 ):
     """The poses of meshes and cameras, and how each camera stands to each mesh."""
     state, k = wp.tid()
-    rotation = wp.mat33d(geom_rotation[state, scene.geom[k]]) * scene.turn[k]
-    position = wp.vec3d(geom_position[state, scene.geom[k]])
+    geom = scene.geoms[k]
+    rotation = wp.mat33d(geom_rotation[state, geom.id]) * geom.turn
+    position = wp.vec3d(geom_position[state, geom.id])
     frame.geom_rotation[state, k] = wp.mat33(rotation)
     frame.geom_position[state, k] = wp.vec3(position)
-    half = scene.half[k]
-    radius = wp.length(half)
-    for c in range(scene.camera.shape[0]):
-        eye = wp.vec3d(camera_position[state, scene.camera[c]])
-        view = wp.mat33d(camera_rotation[state, scene.camera[c]])
+    radius = wp.length(geom.half)
+    for c in range(scene.cameras.shape[0]):
+        eye = wp.vec3d(camera_position[state, scene.cameras[c].id])
+        view = wp.mat33d(camera_rotation[state, scene.cameras[c].id])
         if k == 0:
             frame.camera_position[state, c] = wp.vec3(eye)
             frame.camera_rotation[state, c] = wp.mat33(view)
-        # the distance from the camera to the mesh's box, and whether its bounding sphere is in the pyramid of view
-        from_camera = position + rotation * scene.centre[k] - eye
+        # the distance from the camera to the mesh's box, and the sphere around it
+        from_camera = position + rotation * geom.centre - eye
         inside = wp.transpose(rotation) * from_camera
         outside = wp.vec3d()
         for i in range(3):
-            outside[i] = wp.max(wp.abs(inside[i]) - half[i], real(0.0))
-        offset = wp.transpose(view) * from_camera  # right, up, back of the camera
-        seen = scene.drawn[c, k] == 1 and offset[2] < radius
-        for i in range(2):  # the side planes
-            tangent = scene.tangent[c][i]
-            beyond = (wp.abs(offset[i]) + offset[2] * tangent) / wp.sqrt(real(1.0) + tangent * tangent)
-            seen = seen and beyond < radius
-        frame.nearest[state, c, k] = wp.where(seen, float(wp.length(outside)), FAR)
+            outside[i] = wp.max(wp.abs(inside[i]) - geom.half[i], real(0.0))
+        frame.nearest[state, c, k] = wp.where(scene.drawn[c, k] == 1, float(wp.length(outside)), FAR)
         beside = float(wp.dot(from_camera, from_camera) - radius * radius)
         frame.sphere[state, c, k] = wp.vec4(float(from_camera[0]), float(from_camera[1]), float(from_camera[2]), beside)
 
@@ -137,39 +162,63 @@ for _vector, _matrix in ((wp.vec3, wp.mat33), (wp.vec3d, wp.mat33d)):  # all at 
     wp.overload(place, [Scene, *(wp.array2d(dtype=x) for x in (_vector, _matrix, _vector, _matrix)), Frame])
 
 
+@wp.func
+def toward(scene: Scene, frame: Frame, state: int, camera: int, x: float, y: float):
+    """The direction through a point of the picture, in pixels from its upper left corner; its length is the distance at depth 1."""
+    size = scene.cameras[camera].pixel
+    across = (x - 0.5 * float(scene.width)) * size
+    up = (0.5 * float(scene.height) - y) * size
+    return frame.camera_rotation[state, camera] * wp.vec3(across, up, -1.0)
+
+
 @wp.kernel
-def arrange(frame: Frame):
-    """For each camera the meshes that it may see, nearest first."""
-    state, camera = wp.tid()
+def arrange(scene: Scene, frame: Frame):
+    """For each tile of a camera's picture, the meshes whose spheres reach into the cone around its rays, nearest first."""
+    state, camera, tile = wp.tid()
+    tiles_across = (scene.width + TILE - 1) // TILE
+    left = float(tile % tiles_across * TILE)
+    top = float(tile // tiles_across * TILE)
+    axis = wp.normalize(toward(scene, frame, state, camera, left + 0.5 * float(TILE), top + 0.5 * float(TILE)))
+    cosine = wp.float32(1.0)  # of the cone's half angle
+    for i in range(4):
+        corner = toward(scene, frame, state, camera, left + float(i % 2 * TILE), top + float(i // 2 * TILE))
+        cosine = wp.min(cosine, wp.dot(axis, wp.normalize(corner)))
+    sine = wp.sqrt(wp.max(1.0 - cosine * cosine, 0.0))
+
     count = int(0)  # noqa: UP018 (a variable to Warp, not a constant)
     for k in range(frame.nearest.shape[2]):
         distance = frame.nearest[state, camera, k]
-        if distance < FAR:
+        sphere = frame.sphere[state, camera, k]
+        centre = wp.vec3(sphere[0], sphere[1], sphere[2])
+        radius = wp.sqrt(wp.max(wp.dot(centre, centre) - sphere[3], 0.0)) + 1.0e-4
+        along = wp.dot(centre, axis)
+        from_axis = wp.length(centre - along * axis)
+        if distance < FAR and along > -radius and from_axis * cosine - along * sine < radius:
             at = int(count)
             while at > 0:
-                before = frame.order[state, camera, at - 1]
+                before = frame.order[state, camera, tile, at - 1]
                 if frame.nearest[state, camera, before] <= distance:
                     break
-                frame.order[state, camera, at] = before
+                frame.order[state, camera, tile, at] = before
                 at -= 1
-            frame.order[state, camera, at] = k
+            frame.order[state, camera, tile, at] = k
             count += 1
-    frame.count[state, camera] = count
+    frame.count[state, camera, tile] = count
 
 
 @wp.func
-def texel(scene: Scene, start: int, width: int, x: int, y: int):
-    i = start + 3 * (y * width + x)
-    return wp.vec3(float(scene.texels[i]), float(scene.texels[i + 1]), float(scene.texels[i + 2]))
+def unpacked(texel: wp.uint32):
+    byte = wp.uint32(255)
+    return wp.vec3(float(texel & byte), float((texel >> wp.uint32(8)) & byte), float((texel >> wp.uint32(16)) & byte))
 
 
 @wp.func
-def bilinear(scene: Scene, texture: int, level: int, face: int, u: float, v: float):
+def bilinear(textures: Textures, texture: int, level: int, face: int, u: float, v: float):
     """The colour (0..255) at (u, v) of one mipmap level. A 2-D texture (face -1) repeats, a cube's faces stop at their edges."""
-    shape = scene.levels[texture, level]
+    shape = textures.levels[texture, level]
     width = shape[1]
     height = shape[2]
-    start = shape[0] + 3 * width * height * wp.max(0, wp.min(face, scene.cube_faces[texture] - 1))
+    start = shape[0] + width * height * wp.max(0, wp.min(face, textures.cube_faces[texture] - 1))
     x = u * float(width) - 0.5
     y = v * float(height) - 0.5
     x0 = int(wp.floor(x))
@@ -188,26 +237,26 @@ def bilinear(scene: Scene, texture: int, level: int, face: int, u: float, v: flo
         x1 = (x1 % width + width) % width
         y0 = (y0 % height + height) % height
         y1 = (y1 % height + height) % height
-    above = texel(scene, start, width, x0, y0) * (1.0 - fx) + texel(scene, start, width, x1, y0) * fx
-    below = texel(scene, start, width, x0, y1) * (1.0 - fx) + texel(scene, start, width, x1, y1) * fx
+    above = unpacked(textures.texels[start + y0 * width + x0]) * (1.0 - fx) + unpacked(textures.texels[start + y0 * width + x1]) * fx
+    below = unpacked(textures.texels[start + y1 * width + x0]) * (1.0 - fx) + unpacked(textures.texels[start + y1 * width + x1]) * fx
     return above * (1.0 - fy) + below * fy
 
 
 @wp.func
-def trilinear(scene: Scene, texture: int, face: int, u: float, v: float, footprint: float):
+def trilinear(textures: Textures, texture: int, face: int, u: float, v: float, footprint: float):
     """The colour (0..1) of a texture where a pixel covers `footprint` of its width."""
-    widths = footprint * float(scene.levels[texture, 0][1])
-    level = wp.clamp(wp.log2(wp.max(widths, 1.0)), 0.0, float(scene.last_level[texture]))
+    widths = footprint * float(textures.levels[texture, 0][1])
+    level = wp.clamp(wp.log2(wp.max(widths, 1.0)), 0.0, float(textures.last_level[texture]))
     fine = int(level)
-    colour = bilinear(scene, texture, fine, face, u, v)
+    colour = bilinear(textures, texture, fine, face, u, v)
     between = level - float(fine)
     if between > 0.0:
-        colour = colour * (1.0 - between) + bilinear(scene, texture, fine + 1, face, u, v) * between
+        colour = colour * (1.0 - between) + bilinear(textures, texture, fine + 1, face, u, v) * between
     return colour / 255.0
 
 
 @wp.func
-def cube(scene: Scene, texture: int, d: wp.vec3, footprint: float):
+def cube(textures: Textures, texture: int, d: wp.vec3, footprint: float):
     """The colour of a cube texture in direction d; faces +X, -X, +Y, -Y, +Z, -Z as OpenGL lays them out."""
     x = wp.abs(d[0])
     y = wp.abs(d[1])
@@ -225,17 +274,19 @@ def cube(scene: Scene, texture: int, d: wp.vec3, footprint: float):
         s = wp.where(d[2] > 0.0, d[0], -d[0])
         t = -d[1]
     inverse = 0.5 / wp.max(wp.max(x, wp.max(y, z)), 1.0e-9)
-    return trilinear(scene, texture, face, s * inverse + 0.5, t * inverse + 0.5, footprint * inverse)
+    return trilinear(textures, texture, face, s * inverse + 0.5, t * inverse + 0.5, footprint * inverse)
 
 
 @wp.func
-def nearest_hit(scene: Scene, frame: Frame, state: int, camera: int, origin: wp.vec3, direction: wp.vec3, start: float, end: float):
+def nearest_hit(
+    scene: Scene, frame: Frame, state: int, camera: int, tile: int, origin: wp.vec3, direction: wp.vec3, start: float, end: float
+):
     """The first front face along a ray between two distances."""
     hit = Hit()
     hit.geom = -1
     hit.distance = end
-    for k in range(frame.count[state, camera]):
-        geom = frame.order[state, camera, k]
+    for k in range(frame.count[state, camera, tile]):
+        geom = frame.order[state, camera, tile, k]
         if frame.nearest[state, camera, geom] > hit.distance:
             break
         sphere = frame.sphere[state, camera, geom]
@@ -248,7 +299,7 @@ def nearest_hit(scene: Scene, frame: Frame, state: int, camera: int, origin: wp.
         skip = float(start)
         for _ in range(8):  # back faces are culled: go on behind them
             begin = UNIT * (local_origin + local_direction * skip)
-            query = wp.mesh_query_ray(scene.mesh[geom], begin, local_direction, UNIT * (hit.distance - skip))
+            query = wp.mesh_query_ray(scene.geoms[geom].mesh, begin, local_direction, UNIT * (hit.distance - skip))
             if not query.result:
                 break
             skip += query.t / UNIT
@@ -266,77 +317,67 @@ def nearest_hit(scene: Scene, frame: Frame, state: int, camera: int, origin: wp.
 @wp.func
 def shade(scene: Scene, frame: Frame, state: int, camera: int, origin: wp.vec3, direction: wp.vec3, hit: Hit):
     """OpenGL's lighting equation at a hit, times the texture's colour."""
-    geom = hit.geom
-    face = scene.first_face[geom] + hit.face
-    w = 1.0 - hit.u - hit.v
-    normal = scene.normals[face, 0] * hit.u + scene.normals[face, 1] * hit.v + scene.normals[face, 2] * w
-    normal = wp.normalize(frame.geom_rotation[state, geom] * normal)
+    geom = scene.geoms[hit.geom]
+    face = scene.faces[geom.first_face + hit.face]
+    corners = wp.vec3(hit.u, hit.v, 1.0 - hit.u - hit.v)
+    normal = wp.normalize(frame.geom_rotation[state, hit.geom] * (face.normals * corners))
     point = origin + direction * hit.distance
-    rgba = scene.rgba[geom]
-    base = wp.vec3(rgba[0], rgba[1], rgba[2])
-    gloss = scene.gloss[geom]
-    colour = base * gloss[0] + wp.cw_mul(base, scene.ambient)
-    for i in range(scene.light_position.shape[0]):
-        light_direction = scene.light_direction[i]
+    base = wp.vec3(geom.rgba[0], geom.rgba[1], geom.rgba[2])
+    colour = base * geom.gloss[0] + wp.cw_mul(base, scene.ambient)
+    for i in range(scene.lights.shape[0]):
+        light = scene.lights[i]
+        light_direction = light.direction
         if i == scene.headlight:
             view = frame.camera_rotation[state, camera]
             light_direction = wp.vec3(-view[0, 2], -view[1, 2], -view[2, 2])
         to_light = -light_direction
         strength = wp.float32(1.0)
-        spot = scene.light_spot[i]
-        if spot[0] > -2.0:
-            to_light = scene.light_position[i] - point
+        if light.spot[0] > -2.0:
+            to_light = light.position - point
             distance = wp.length(to_light)
             to_light = to_light / distance
-            attenuation = scene.light_attenuation[i]
-            strength = 1.0 / (attenuation[0] + distance * (attenuation[1] + distance * attenuation[2]))
+            strength = 1.0 / (light.attenuation[0] + distance * (light.attenuation[1] + distance * light.attenuation[2]))
             cosine = -wp.dot(to_light, light_direction)
-            strength *= wp.where(cosine < spot[0], 0.0, wp.pow(wp.max(cosine, 0.0), spot[1]))
+            strength *= wp.where(cosine < light.spot[0], 0.0, wp.pow(wp.max(cosine, 0.0), light.spot[1]))
         lambert = wp.dot(normal, to_light)
         if lambert > 0.0 and strength > 0.0:
-            colour += strength * lambert * wp.cw_mul(base, scene.light_diffuse[i])
+            colour += strength * lambert * wp.cw_mul(base, light.diffuse)
             half_way = wp.dot(normal, wp.normalize(to_light - direction))
-            if gloss[1] > 0.0 and half_way > 0.0:
-                colour += strength * gloss[1] * wp.pow(half_way, gloss[2]) * scene.light_specular[i]
+            if geom.gloss[1] > 0.0 and half_way > 0.0:
+                colour += strength * geom.gloss[1] * wp.pow(half_way, geom.gloss[2]) * light.specular
     colour = wp.vec3(wp.min(colour[0], 1.0), wp.min(colour[1], 1.0), wp.min(colour[2], 1.0))
 
-    texture = scene.texture[geom]
-    if texture >= 0:
-        at = scene.coordinates[face, 0] * hit.u + scene.coordinates[face, 1] * hit.v + scene.coordinates[face, 2] * w
+    if geom.texture >= 0:
+        at = face.coordinates * corners
         # a pixel on the surface is stretched along one direction by 1 / cosine: its mean width
-        footprint = scene.pixel[camera] * hit.distance / wp.sqrt(wp.max(-wp.dot(normal, direction), 0.05)) * scene.density[face]
-        if scene.cube_faces[texture] == 0:
-            colour = wp.cw_mul(colour, trilinear(scene, texture, -1, at[0], at[1], footprint))
+        stretched = scene.cameras[camera].pixel * hit.distance / wp.sqrt(wp.max(-wp.dot(normal, direction), 0.05))
+        footprint = stretched * face.density
+        if scene.textures.cube_faces[geom.texture] == 0:
+            colour = wp.cw_mul(colour, trilinear(scene.textures, geom.texture, -1, at[0], at[1], footprint))
         else:
-            colour = wp.cw_mul(colour, cube(scene, texture, at, footprint))
+            colour = wp.cw_mul(colour, cube(scene.textures, geom.texture, at, footprint))
     return colour
-
-
-@wp.func
-def ray(scene: Scene, frame: Frame, state: int, camera: int, pixel: int):
-    """The direction through a pixel's middle, its length the distance at depth 1."""
-    size = scene.pixel[camera]
-    x = (float(pixel % scene.width) + 0.5 - 0.5 * float(scene.width)) * size
-    y = (0.5 * float(scene.height) - float(pixel // scene.width) - 0.5) * size
-    return frame.camera_rotation[state, camera] * wp.vec3(x, y, -1.0)
 
 
 @wp.kernel
 def trace(scene: Scene, frame: Frame, first: int, picture: wp.array(dtype=wp.uint8, ndim=2), background: wp.array(dtype=wp.vec4, ndim=2)):
     """Fill picture (B * C * H * W, 3), row 0 at the top, or background (C, H * W) where picture is empty."""
     i = first + wp.tid()
-    cameras = scene.pixel.shape[0]
+    cameras = scene.cameras.shape[0]
     pixels = scene.width * scene.height
     state = i // pixels // cameras
     camera = (i // pixels) % cameras
     pixel = i % pixels
 
     origin = frame.camera_position[state, camera]
-    direction = ray(scene, frame, state, camera, pixel)
+    x = pixel % scene.width
+    y = pixel // scene.width
+    tile = y // TILE * ((scene.width + TILE - 1) // TILE) + x // TILE
+    direction = toward(scene, frame, state, camera, float(x) + 0.5, float(y) + 0.5)
     start = scene.near * wp.length(direction)  # the near plane along this ray
     direction = wp.normalize(direction)
     behind = wp.vec4(0.0, 0.0, 0.0, FAR)
-    fixed = picture.shape[0] > 0 and scene.fixed[camera] == 1
+    fixed = picture.shape[0] > 0 and scene.cameras[camera].fixed == 1
     if fixed:
         behind = scene.background[camera, pixel]
 
@@ -344,14 +385,14 @@ def trace(scene: Scene, frame: Frame, first: int, picture: wp.array(dtype=wp.uin
     through = wp.float32(1.0)  # a bare number would be a constant to Warp
     distance = wp.float32(FAR)
     for _ in range(MAX_LAYERS):
-        hit = nearest_hit(scene, frame, state, camera, origin, direction, start, behind[3])
+        hit = nearest_hit(scene, frame, state, camera, tile, origin, direction, start, behind[3])
         if hit.geom < 0:
             last = wp.vec3(behind[0], behind[1], behind[2])
             if scene.sky >= 0 and not fixed:
-                last = cube(scene, scene.sky, wp.vec3(direction[0], direction[2], -direction[1]), scene.pixel[camera])
+                last = cube(scene.textures, scene.sky, wp.vec3(direction[0], direction[2], -direction[1]), scene.cameras[camera].pixel)
             colour += through * last
             break
-        alpha = scene.rgba[hit.geom][3]
+        alpha = scene.geoms[hit.geom].rgba[3]
         colour += through * alpha * shade(scene, frame, state, camera, origin, direction, hit)
         through *= 1.0 - alpha
         start = hit.distance + 1.0e-4
@@ -396,17 +437,12 @@ class RayTracer:
         opaque = np.array([g.rgba[3] > 0.995 for g in geoms], bool)
         unmoved = opaque & (model.body_weldid[model.geom_bodyid[ids]] == 0)
         fixed = (model.body_weldid[model.cam_bodyid[camera_ids]] == 0) & (model.cam_mode[camera_ids] == 0)
-        tangent = np.tan(np.radians(model.cam_fovy[camera_ids]) / 2)  # of half the vertical field of view
 
         self.scene = scene = Scene()
-        self._set_geometry(model, geoms)
-        self._set_textures(model)
+        self._set_geoms(model, geoms)
         self._set_lights(abstract.lights[: abstract.nlight])
-        scene.rgba = self._array([g.rgba for g in geoms], wp.vec4)
-        scene.gloss = self._array([(g.emission, g.specular, 128 * g.shininess) for g in geoms], wp.vec3)
-        scene.pixel = self._array(2 * tangent / height, float)
-        scene.geom, scene.camera = self._array(ids, int), self._array(camera_ids, int)
-        scene.tangent = self._array(tangent[:, None] * [width / height, 1], wp.vec2d)
+        pixel = 2 * np.tan(np.radians(model.cam_fovy[camera_ids]) / 2) / height
+        scene.cameras = self._structs(Camera, id=camera_ids, pixel=pixel, fixed=np.zeros(len(camera_ids)))
         scene.near = model.vis.map.znear * model.stat.extent
         scene.width, scene.height = width, height
 
@@ -417,7 +453,8 @@ class RayTracer:
         poses = data.geom_xpos, data.geom_xmat.reshape(-1, 3, 3), data.cam_xpos, data.cam_xmat.reshape(-1, 3, 3)
         frame = self._frame(self._poses(*(p[None] for p in poses)))
         self._trace(frame, wp.empty((0, 3), dtype=wp.uint8, device=device))
-        scene.fixed, scene.drawn = self._array(fixed, int), self._array(~(fixed[:, None] & unmoved), int, 2)
+        scene.cameras = self._structs(Camera, id=camera_ids, pixel=pixel, fixed=fixed)
+        scene.drawn = self._array(~(fixed[:, None] & unmoved), int, 2)
         if device == "cpu":
             self.threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
             self.pool = ThreadPoolExecutor(self.threads)
@@ -428,7 +465,14 @@ class RayTracer:
             values = values.astype(np.int32 if dtype is int else np.float32)
         return wp.array(values, dtype=dtype, ndim=ndim, device=self.device)
 
-    def _set_geometry(self, model: mujoco.MjModel, geoms: list) -> None:
+    def _structs(self, struct, **fields) -> wp.array:
+        """An array of Warp structs from an array or list for each of its fields."""
+        rows = np.zeros(len(next(iter(fields.values()))), struct.numpy_dtype())
+        for name, values in fields.items() if len(rows) else ():
+            rows[name] = values
+        return wp.array(rows, dtype=struct, device=self.device)
+
+    def _set_geoms(self, model: mujoco.MjModel, geoms: list) -> None:
         """A mesh for each different geom, turned to boxes that fit: `turn` takes it to the geom's frame."""
         known, corners, rows = {}, [], []
         textures = []
@@ -451,25 +495,32 @@ class RayTracer:
                 known[key] = mesh, sum(len(c[0]) for c in corners), rotation, (low + high) / 2, (high - low) / 2
                 corners.append((points, normals, coordinates))
             rows.append(known[key])
-        meshes, first_face, rotation, centre, half = zip(*rows, strict=True)
-        self.meshes = meshes  # Warp frees a mesh that Python forgets
-        self.scene.turn, self.scene.centre = self._array(rotation, wp.mat33d), self._array(centre, wp.vec3d)
-        self.scene.half = self._array(half, wp.vec3d)
+        self.meshes, first_face, turn, centre, half = zip(*rows, strict=True)  # Warp frees a mesh that Python forgets
+        self.scene.geoms = self._structs(
+            Geom,
+            id=[g.objid for g in geoms],
+            turn=turn,
+            centre=centre,
+            half=half,
+            mesh=[m.id for m in self.meshes],
+            first_face=first_face,
+            rgba=[g.rgba for g in geoms],
+            gloss=[(g.emission, g.specular, 128 * g.shininess) for g in geoms],
+            texture=textures,
+        )
         points, normals, coordinates = (np.concatenate(x) for x in zip(*corners, strict=True))
         density = np.sqrt(_areas(coordinates) / np.maximum(_areas(points), 1e-12))
-        self.scene.mesh = self._array([m.id for m in meshes], wp.uint64)
-        self.scene.first_face = self._array(first_face, int)
-        self.scene.normals, self.scene.coordinates = self._array(normals, wp.vec3, 2), self._array(coordinates, wp.vec3, 2)
-        self.scene.density = self._array(density, float)
-        self.scene.texture = self._array(textures, int)
+        columns = dict(normals=normals.swapaxes(1, 2), coordinates=coordinates.swapaxes(1, 2))
+        self.scene.faces = self._structs(Face, **columns, density=density)
+        self._set_textures(model, {*textures})
 
-    def _set_textures(self, model: mujoco.MjModel) -> None:
+    def _set_textures(self, model: mujoco.MjModel, used: set[int]) -> None:
         skies = np.flatnonzero(model.tex_type == mujoco.mjtTexture.mjTEXTURE_SKYBOX)
         self.scene.sky = int(skies[0]) if len(skies) else -1
         levels = np.zeros((max(model.ntex, 1), MAX_LEVELS, 3), np.int32)
         last, faces = np.zeros(len(levels), int), np.zeros(len(levels), int)
-        texels, start = [np.zeros(1, np.uint8)], 1
-        for i in {*self.scene.texture.numpy(), self.scene.sky} - {-1}:
+        texels, start = [np.zeros(1, np.uint32)], 1
+        for i in (used | {self.scene.sky}) - {-1}:
             width, height, channels = model.tex_width[i], model.tex_height[i], model.tex_nchannel[i]
             pixels = model.tex_data[model.tex_adr[i] :][: width * height * channels].reshape(height, width, channels)
             pixels = np.repeat(pixels, 3, -1) if channels == 1 else pixels[..., :3]
@@ -480,14 +531,15 @@ class RayTracer:
             images = [Image.fromarray(np.ascontiguousarray(face)) for face in np.split(pixels, max(faces[i], 1))]
             for level in range(MAX_LEVELS):
                 levels[i, level], last[i] = (start, *images[0].size), level
-                texels += [np.asarray(image).ravel() for image in images]
-                start += sum(3 * image.width * image.height for image in images)
+                texels += [(np.asarray(image, np.uint32) << [0, 8, 16]).sum(-1, dtype=np.uint32).ravel() for image in images]
+                start += sum(image.width * image.height for image in images)
                 if max(images[0].size) == 1:
                     break
                 images = [image.reduce((min(2, image.width), min(2, image.height))) for image in images]
-        self.scene.levels = self._array(levels, wp.vec3i, 2)
-        self.scene.last_level, self.scene.cube_faces = self._array(last, int), self._array(faces, int)
-        self.scene.texels = self._array(np.concatenate(texels), wp.uint8)
+        textures = self.scene.textures
+        textures.levels = self._array(levels, wp.vec3i, 2)
+        textures.last_level, textures.cube_faces = self._array(last, int), self._array(faces, int)
+        textures.texels = self._array(np.concatenate(texels), wp.uint32)
 
     def _set_lights(self, lights: list) -> None:
         scene = self.scene
@@ -495,11 +547,15 @@ class RayTracer:
         scene.ambient = wp.vec3(*(float(x) for x in ambient))
         scene.headlight = next((i for i, light in enumerate(lights) if light.headlight), -1)
         directional = mujoco.mjtLightType.mjLIGHT_DIRECTIONAL
-        spot = [(-2, 0) if x.type == directional else (np.cos(np.radians(x.cutoff)), x.exponent) for x in lights]
-        scene.light_spot = self._array(np.reshape(spot, (-1, 2)), wp.vec2)
-        for ours, theirs in (("position", "pos"), ("direction", "dir"), *((x, x) for x in ("diffuse", "specular", "attenuation"))):
-            values = np.reshape([getattr(light, theirs) for light in lights], (-1, 3))
-            setattr(scene, f"light_{ours}", self._array(values, wp.vec3))
+        scene.lights = self._structs(
+            Light,
+            position=[x.pos for x in lights],
+            direction=[x.dir for x in lights],
+            diffuse=[x.diffuse for x in lights],
+            specular=[x.specular for x in lights],
+            attenuation=[x.attenuation for x in lights],
+            spot=[(-2, 0) if x.type == directional else (np.cos(np.radians(x.cutoff)), x.exponent) for x in lights],
+        )
 
     def render(self, geom_position, geom_rotation, camera_position, camera_rotation) -> np.ndarray:
         """Pictures (B, C, H, W, 3) uint8, row 0 at the top, of poses (B, ngeom, 3), (B, ngeom, 3, 3), (B, ncam, 3), (B, ncam, 3, 3)."""
@@ -520,15 +576,17 @@ class RayTracer:
         frame = Frame()
         frame.geom_position, frame.geom_rotation = (wp.empty((states, geoms), dtype=x, **on) for x in (wp.vec3, wp.mat33))
         frame.camera_position, frame.camera_rotation = (wp.empty((states, cameras), dtype=x, **on) for x in (wp.vec3, wp.mat33))
-        frame.order, frame.nearest, frame.sphere = (wp.empty((states, cameras, geoms), dtype=x, **on) for x in (int, float, wp.vec4))
-        frame.count = wp.empty((states, cameras), dtype=int, **on)
+        frame.nearest, frame.sphere = (wp.empty((states, cameras, geoms), dtype=x, **on) for x in (float, wp.vec4))
+        tiles = -(-self.width // TILE) * -(-self.height // TILE)
+        frame.order = wp.empty((states, cameras, tiles, geoms), dtype=int, **on)
+        frame.count = wp.empty((states, cameras, tiles), dtype=int, **on)
         wp.launch(place, (states, geoms), inputs=[self.scene, *poses, frame], **on)
-        wp.launch(arrange, (states, cameras), inputs=[frame], **on)
+        wp.launch(arrange, (states, cameras, tiles), inputs=[self.scene, frame], **on)
         return frame
 
     def _trace(self, frame: Frame, picture: wp.array) -> None:
         """Run the kernel over all pixels; on the CPU in pieces, since Warp itself uses one core."""
-        views = frame.count.size
+        views = frame.camera_position.size
         pixels = views * self.width * self.height
         piece = pixels if self.threads == 1 else -(-pixels // max(4 * self.threads, views))
 
