@@ -3,11 +3,12 @@
     python -m benchmarks.compare runs/RUN [runs/RUN ...]                  # runs that are finished
     python -m benchmarks.compare --task libero_90/20 --seeds 1 2 3        # runs everything itself; finished runs are kept
 
-A row is a script, over its seeds: the mean, and a 95 % bootstrap interval where there are two or more. The first row holds the
-demonstrations that the runs learned from. Trajectories are compared in equal numbers: as many of each run as the smallest corpus
-holds, the same number of each pattern.
+A column is a script (with the flags in which its runs differ, if they do) over its seeds: the mean, and a 95 % bootstrap interval
+where there are two or more. The first column holds the demonstrations that the runs learned from. Trajectories are compared in equal
+numbers: as many of each run as the smallest corpus holds, the same number of each pattern.
 
-Writes OUT/compare.md, compare.json and compare.png: paths from above, pairwise DTW distances, and one PCA map of all.
+Writes OUT/compare.md, compare.json, compare.png (paths from above, pairwise DTW distances, one PCA map of all) and curves.png
+(success during PPO, with exploration noise, over environment steps and over time).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common import metrics, plots, rollout
 from common.cli import UserError, atomic_path, run_command
@@ -29,8 +31,10 @@ from common.runs import Progress, write_json
 from common.tasks import Task, load_task
 
 SCRIPTS = ("gaussian_ppo", "diffusion_ppo", "dlr_discover")
-# Column: its unit or meaning, and how it is printed.
-COLUMNS = {
+NO_METHOD = {"seed", "run_folder", "resume", "videos", "corpus_images", "checkpoint_interval", "assets"}  # flags that change no result
+# Measure: its unit or meaning, and how it is printed.
+MEASURES = {
+    "learn_success": ("success of the cloned policy (%)", "{:.0%}"),
     "success_rate": ("success, 50 official init states a pattern (%)", "{:.0%}"),
     "mean_jerk": ("jerk (m/s^3)", "{:.1f}"),
     "mean_acceleration": ("acceleration (m/s^2)", "{:.2f}"),
@@ -76,6 +80,8 @@ class Run:
     config: dict
     summary: dict
     corpus: list[Episode]
+    curve: np.ndarray
+    """(M, 3) environment steps, minutes of PPO, success during training"""
 
 
 def load_run(folder: Path) -> Run:
@@ -87,7 +93,32 @@ def load_run(folder: Path) -> Run:
         raise UserError(f"{folder} is not a finished run: no readable config.json and summary.json in it") from error
     if config.get("script") not in SCRIPTS:
         raise UserError(f"{folder} is a run of {config.get('script')}, not of {', '.join(SCRIPTS)}")
-    return Run(config["script"], config["args"]["seed"], config, summary, read_episodes(folder / "corpus.hdf5"))
+    return Run(config["script"], config["args"]["seed"], config, summary, read_episodes(folder / "corpus.hdf5"), learning_curve(folder))
+
+
+def learning_curve(folder: Path) -> np.ndarray:
+    """(M, 3) from the run's TensorBoard files: environment steps, minutes spent in PPO's rollouts and updates, success during training
+    (the last 50 episodes, with exploration noise)."""
+    log = EventAccumulator(str(folder), {"scalars": 0})
+    log.Reload()
+    tags = "charts/success", "charts/rollout_seconds", "charts/update_seconds"
+    if not set(tags) <= set(log.Tags()["scalars"]):
+        return np.zeros((0, 3))
+    success, *seconds = ({event.step: event.value for event in log.Scalars(tag)} for tag in tags)  # a resumed run's later value counts
+    steps = np.array(sorted(success))
+    spent = np.cumsum([sum(part[step] for part in seconds) for step in steps])
+    return np.column_stack([steps, spent / 60, [success[step] for step in steps]])
+
+
+def column_names(runs: list[Run]) -> list[str]:
+    """The column of each run: its script, and those flags in which the runs of this script differ."""
+    names = []
+    for run in runs:
+        same_script = [other.config["args"] for other in runs if other.script == run.script]
+        mine = run.config["args"]
+        flags = [f for f in mine if f not in NO_METHOD and any(other.get(f) != mine[f] for other in same_script)]
+        names.append(" ".join([run.script, *(f"--{f.replace('_', '-')} {mine[f]}" for f in flags)]))
+    return names
 
 
 def run_scripts(args: Args, task: Task) -> list[Path]:
@@ -127,7 +158,7 @@ def equal_numbers(episodes: list[Episode], size: int) -> list[Episode]:
 
 
 def measure(task: Task, episodes: list[Episode]) -> dict[str, float]:
-    """The columns that are read off trajectories."""
+    """The measures that are read off trajectories."""
     features = rollout.path_features(task, episodes)
     distances = metrics.pairwise_dtw(features)
     actions = [e.actions for e in episodes]
@@ -136,7 +167,7 @@ def measure(task: Task, episodes: list[Episode]) -> dict[str, float]:
     values |= metrics.coverage([e.proprio["ee_pos"] for e in episodes], actions, samples=steps)
     values["dtw"] = float(distances[np.triu_indices(len(distances), 1)].mean()) if len(distances) > 1 else float("nan")
     values["within_pattern"] = metrics.consistency(features, patterns_of(episodes))
-    return {name: values[name] for name in COLUMNS if name in values}
+    return {name: values[name] for name in MEASURES if name in values}
 
 
 def demonstrator_consistency(task: Task, noise: float) -> float:
@@ -150,10 +181,10 @@ def demonstrator_consistency(task: Task, noise: float) -> float:
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
     """Markdown: a line for each measure, a column for each source."""
     lines = ["| | " + " | ".join(f"{name} ({len(values)})" for name, values in rows.items()) + " |", "|---|" + "---|" * len(rows)]
-    for column, (meaning, form) in COLUMNS.items():
+    for measure, (meaning, form) in MEASURES.items():
         cells = []
         for values in rows.values():
-            x = np.array([v[column] for v in values if v.get(column) is not None])
+            x = np.array([v[measure] for v in values if v.get(measure) is not None])
             cell = form.format(x.mean()) if len(x) else "-"
             if len(x) > 1:
                 low, high = metrics.bootstrap_interval(x)
@@ -169,7 +200,7 @@ def main() -> None:
         raise UserError("give run folders, or --task to run the scripts here")
     if args.task:
         args.runs = run_scripts(args, load_task(args.task, args.assets))
-    runs = [load_run(folder) for folder in args.runs]
+    runs = [load_run(folder) for folder in dict.fromkeys(folder.resolve() for folder in args.runs)]
     if len(names := sorted({run.summary["task"] for run in runs})) > 1:
         raise UserError(f"the runs are of different tasks: {', '.join(names)}")
     task = load_task(names[0], args.assets)
@@ -179,21 +210,25 @@ def main() -> None:
     shown = {"demonstrations": equal_numbers(demos, size)}
     known = {"consistency": demonstrator_consistency(task, first["demo_noise"])} if source == "scripted" else {}
     rows: dict[str, list[dict[str, float]]] = {f"demonstrations, {source}": [known | measure(task, shown["demonstrations"])]}
-    for script in SCRIPTS:
-        for run in (run for run in runs if run.script == script):
-            known = {"success_rate": run.summary["success_rate"], "env_steps": run.summary["env_steps"]}
-            known["consistency"] = run.summary.get("consistency")  # not in runs of older versions
-            known["wall_minutes"] = run.summary["wall_seconds"] / 60
-            chosen = equal_numbers(run.corpus, size)
-            shown.setdefault(script, chosen)
-            rows.setdefault(script, []).append(known | measure(task, chosen))
+    curves: dict[str, list[np.ndarray]] = {}
+    seeds: dict[str, list[int]] = {}
+    columns = sorted(zip(runs, column_names(runs), strict=True), key=lambda pair: (SCRIPTS.index(pair[0].script), pair[1], pair[0].seed))
+    for run, name in columns:
+        known = {"success_rate": run.summary["success_rate"], "env_steps": run.summary["env_steps"]}
+        known["learn_success"] = run.summary["stages"]["learn"]
+        known["consistency"] = run.summary.get("consistency")  # not in runs of older versions
+        known["wall_minutes"] = run.summary["wall_seconds"] / 60
+        chosen = equal_numbers(run.corpus, size)
+        shown.setdefault(name, chosen)
+        rows.setdefault(name, []).append(known | measure(task, chosen))
+        curves.setdefault(name, []).append(run.curve)
+        seeds.setdefault(name, []).append(run.seed)
     versions = {run.config["versions"]["mujoco"] for run in runs}
     if len(versions) > 1:
         print(f"warning: the runs used different MuJoCo versions, {', '.join(map(str, versions))}", file=sys.stderr)
 
     args.out.mkdir(parents=True, exist_ok=True)
     text = table(rows)
-    seeds = {script: sorted(run.seed for run in runs if run.script == script) for script in shown if script != "demonstrations"}
     header = f"# {task.id}\n\n{size} trajectories a run; in brackets the number of seeds, and 95 % bootstrap intervals over them.\n\n"
     with atomic_path(args.out / "compare.md") as temporary:
         temporary.write_text(header + text + "\n")
@@ -201,6 +236,7 @@ def main() -> None:
     features = {name: rollout.path_features(task, episodes) for name, episodes in shown.items()}
     labels = {name: patterns_of(episodes) for name, episodes in shown.items()}
     plots.plot_comparison(args.out / "compare.png", features, labels, task.language)
+    plots.plot_learning_curves(args.out / "curves.png", curves, task.language)
     print(header + text)
 
 

@@ -206,6 +206,32 @@ def plot_success(
     _save(figure, path)
 
 
+def plot_learning_curves(path: str | os.PathLike, curves: dict[str, Sequence[np.ndarray]], title: str = "") -> None:
+    """Success over environment steps and over minutes: source -> an (M, 3) array a seed of steps, minutes, success (nan: no value).
+
+    The line is the mean over seeds, the band reaches from the lowest to the highest.
+    """
+    from matplotlib.ticker import EngFormatter
+
+    figure = _figure(9.5, 4.0)
+    for axes, column, label in zip(figure.subplots(1, 2, sharey=True), (0, 1), ("environment steps of PPO", "minutes of PPO"), strict=True):
+        for k, (name, runs) in enumerate(curves.items()):
+            runs = [run[~np.isnan(run[:, 2])] for run in runs]
+            if not all(map(len, runs)):
+                continue
+            x = np.linspace(max(run[0, column] for run in runs), min(run[-1, column] for run in runs), 100)
+            y = 100 * np.stack([np.interp(x, run[:, column], run[:, 2]) for run in runs])
+            axes.plot(x, y.mean(0), **_line(k), linewidth=2, label=f"{name} ({len(runs)})")
+            axes.fill_between(x, y.min(0), y.max(0), color=_style(k)["color"], alpha=0.15, linewidth=0)
+        axes.set(xlabel=label, ylabel="success with exploration (%)" if column == 0 else "", ylim=(-2, 102))
+        _grid(axes)
+        if column == 0:
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+    figure.suptitle(title)
+    _save(figure, path)
+
+
 def pca(x: np.ndarray, components: int = 2) -> tuple[np.ndarray, np.ndarray]:
     """Principal components of (N, F): scores (N, components), and each one's share of the variance in [0, 1]."""
     x = np.asarray(x, float) - np.mean(x, axis=0)

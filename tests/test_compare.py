@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 from benchmarks import compare
 from common.cli import UserError
@@ -26,11 +27,31 @@ def test_patterns_take_turns_when_trajectories_are_left_out():
 
 def test_the_table_gives_means_and_intervals_over_seeds():
     rows = {"one": [{"success_rate": 0.5}], "three": [{"success_rate": x} for x in (0.8, 0.9, 1.0)]}
-    line = next(line for line in compare.table(rows).splitlines() if line.startswith("| success"))
+    line = next(line for line in compare.table(rows).splitlines() if line.startswith("| success, 50"))
     one, three = line.strip("| ").split(" | ")[1:]
     assert one == "50%" and three.startswith("90% (8") and three.endswith("to 100%)")
     assert compare.table(rows).splitlines()[0] == "| | one (1) | three (3) |"
     assert "| - | - |" in compare.table(rows)  # what nobody measured
+
+
+def run_with(script: str, **flags) -> compare.Run:
+    return compare.Run(script, flags["seed"], {"args": flags}, {}, [], np.zeros((0, 3)))
+
+
+def test_runs_of_one_script_are_told_apart_by_the_flags_in_which_they_differ():
+    runs = [run_with("diffusion_ppo", seed=seed, run_folder=f"r{seed}", train_steps=x, chunk=4) for seed in (1, 2) for x in ("one", "all")]
+    runs.append(run_with("gaussian_ppo", seed=3, chunk=8))
+    names = [f"diffusion_ppo --train-steps {x}" for x in ("one", "all")]
+    assert compare.column_names(runs) == [*names, *names, "gaussian_ppo"]
+
+
+def test_the_learning_curve_is_what_the_run_logged(tmp_path):
+    assert compare.learning_curve(tmp_path).shape == (0, 3)
+    with SummaryWriter(str(tmp_path)) as writer:
+        for step, success in ((100, 0.25), (200, 0.5), (100, 0.75)):  # the first step again, after a resume
+            for tag, value in (("success", success), ("rollout_seconds", 50.0), ("update_seconds", 10.0)):
+                writer.add_scalar(f"charts/{tag}", value, step)
+    np.testing.assert_allclose(compare.learning_curve(tmp_path), [[100, 1, 0.75], [200, 2, 0.5]])
 
 
 @pytest.mark.parametrize(

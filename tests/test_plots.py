@@ -16,6 +16,7 @@ from common import metrics, plots
 
 RNG = np.random.default_rng(0)
 LABELS = np.tile(np.arange(3), 4)
+CURVE = np.array([[1000, 1.0, np.nan], [2000, 2.0, 0.2], [3000, 3.0, 0.6]])
 PATHS = [np.cumsum(RNG.normal(k, 1, (20 + k, 9)), axis=0) / 100 for k in LABELS]
 
 
@@ -35,8 +36,9 @@ def test_every_figure_is_written_whole(tmp_path):
     plots.plot_success(tmp_path / "success.png", [0, 1000], [[0.1, np.nan], [0.5, 0.9]], [(0, "Learn")], "task")
     plots.plot_map(tmp_path / "new" / "map.png", PATHS, LABELS, "task")
     plots.plot_comparison(tmp_path / "compare.png", {"one": PATHS, "two": PATHS[:5]}, {"one": LABELS, "two": LABELS[:5]}, "task")
+    plots.plot_learning_curves(tmp_path / "curves.png", {"one": [CURVE, CURVE], "two": [CURVE[:0]]}, "task")
     files = sorted(tmp_path.rglob("*.*"))
-    assert [f.name for f in files] == ["compare.png", "dtw.png", "leakage.png", "map.png", "paths.png", "success.png"]
+    assert [f.name for f in files] == ["compare.png", "curves.png", "dtw.png", "leakage.png", "map.png", "paths.png", "success.png"]
     for file in files:
         with Image.open(file) as image:
             image.load()
@@ -100,6 +102,16 @@ def test_success_mean_ignores_missing_values(drawn):
     np.testing.assert_array_equal(lines["pattern 1"], [100])
     np.testing.assert_array_equal(lines["mean"], [0, 75, np.nan])
     assert [t.get_text() for t in drawn[0].texts] == ["Reinforce"]
+
+
+def test_learning_curves_show_the_mean_of_the_seeds_and_their_range(drawn):
+    plots.plot_learning_curves("", {"one": [CURVE, CURVE + [0, 0, 0.2]]})
+    for axes, column in zip(drawn, (0, 1), strict=True):
+        (line,) = axes.get_lines()
+        np.testing.assert_allclose(line.get_xdata()[[0, -1]], CURVE[[1, -1], column])
+        np.testing.assert_allclose(line.get_ydata()[[0, -1]], [30, 70])  # per cent
+        band = axes.collections[0].get_paths()[0].get_extents()
+        np.testing.assert_allclose([band.ymin, band.ymax], [20, 80])
 
 
 def test_pca_closed_form(drawn):
