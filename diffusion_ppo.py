@@ -125,7 +125,7 @@ class Args:
     """discount: success at step T is worth gamma^(T-1)"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
-    actor_lr: float = 1e-5
+    actor_lr: float = 3e-5
     """learning rate of the policy"""
     critic_lr: float = 1e-3
     """learning rate of the value function"""
@@ -139,9 +139,9 @@ class Args:
     """which of these K' PPO trains in each chunk: all (DPPO), or one drawn at random (about 1/K' of the cost)"""
     gamma_denoise: float = 0.99
     """discount of the advantage for each denoising step between a step and the clean chunk"""
-    clip_coef: float = 0.01
+    clip_coef: float = 0.02
     """PPO's clip range at the last denoising step; small, as log-probabilities are averaged over the chunk's dimensions"""
-    clip_coef_noisy: float = 0.001
+    clip_coef_noisy: float = 0.01
     """and at the noisiest that is trained; it grows exponentially from there"""
     std_start: float = 0.15
     """floor of a trained denoising step's standard deviation when Reinforce begins, in units of the action range"""
@@ -149,10 +149,8 @@ class Args:
     """and when it ends (geometric schedule): evaluation and the corpus take the mean action, so training must come near it"""
     max_grad_norm: float = 0.5
     """gradients are clipped to this norm"""
-    kl_coef: float = 0.05
-    """weight of KL(policy || Learn policy) in the loss, which keeps noise in the updates from using up target_kl"""
-    target_kl: float = 1.0
-    """the policy loss is left out while KL(policy || Learn policy), in nats a step, is above it"""
+    kl_coef: float = 0.01
+    """weight of KL(policy || Learn policy) in the loss, averaged likewise: it keeps noise in the updates from roughening the motion"""
     step_kl: float = 0.1
     """updates of one rollout stop when the policy has moved so far (nats) from the one that acted"""
     critic_warmup: int = 5
@@ -173,7 +171,7 @@ def validate(args: Args) -> None:
         (lambda v: v >= 1, "at least 1", counts),
         (lambda v: 32 <= v <= 512, "between 32 and 512", "image_size"),
         (lambda v: v == 0 or 32 <= v <= 512, "0 or between 32 and 512", "corpus_images"),
-        (lambda v: v > 0, "more than 0", "learn_lr actor_lr critic_lr clip_coef clip_coef_noisy max_grad_norm target_kl step_kl"),
+        (lambda v: v > 0, "more than 0", "learn_lr actor_lr critic_lr clip_coef clip_coef_noisy max_grad_norm step_kl"),
         (lambda v: 0.02 <= v <= 1.5, "between 0.02 and 1.5", "std_start std_end"),
         (lambda v: 0 <= v < math.inf, "at least 0", "seed demo_noise learn_noise learn_patience critic_warmup kl_coef"),
         (lambda v: 0 <= v <= 1, "between 0 and 1", "gamma gae_lambda gamma_denoise ddim_eta"),
@@ -321,7 +319,7 @@ class Denoiser(nn.Module):
 
     def forward(self, x: torch.Tensor, level: torch.Tensor, film: torch.Tensor) -> torch.Tensor:
         """x (..., chunk x action_size), level k (...,), the observation's film (..., film_size) -> eps like x."""
-        return self.body(x, film + self.time(self.waves)[level])
+        return self.body(x, film + nn.functional.embedding(level, self.time(self.waves)))
 
 
 class Agent(nn.Module):
@@ -555,25 +553,23 @@ def ppo_update(args: Args, agent: Agent, optimizer, batch: dict, train_actor: bo
     `std` (M, S), the chunks before and after them, `x` and `next_x`, and their means by the policy that acted, `mean`, and by the
     Learn policy, `learn_mean` (M, S, D).
 
-    The actor stops for this rollout when it has moved `step_kl` from the policy that acted. While its divergence from the Learn
-    policy exceeds `target_kl` it is only pulled back. Both are the KL of all trained steps of a chain, which is no less than that
-    of the chunks it leads to, in nats per executed action.
+    The actor stops for this rollout when it has moved `step_kl` from the policy that acted. That is the KL of all trained steps of a
+    chain, which is no less than that of the chunks it leads to, in nats per executed action; `kl_to_learn`, which is logged, likewise.
     """
     size, losses = len(batch["obs"]), compiled(ppo_losses, args.compile)
     logs: dict[str, list[torch.Tensor]] = {}  # read at the end: a GPU would be waited for
     weights = [x.to(agent.device) for x in denoising_weights(args)]
     nats = args.finetune_steps * math.prod(agent.shape) / args.execute  # from such an average to the chain's KL per executed action
     for _ in range(args.update_epochs):
-        for rows in torch.randperm(size, device=agent.device).split(size // args.num_minibatches):
+        for rows in torch.randperm(size, device=agent.device).tensor_split(args.num_minibatches):
             row = losses(args, agent, weights, {name: value[rows] for name, value in batch.items()}, train_actor)
             loss = row["value_loss"]
             if train_actor:
-                moved, pull = row.pop("moved"), row.pop("pull")
+                pull = row.pop("pull")
                 row["kl_to_learn"] = nats * pull.detach().double()
-                moved, strayed = (nats * x for x in torch.stack([moved, pull.detach()]).tolist())  # the one time that a GPU is waited for
-                train_actor = moved <= args.step_kl
+                train_actor = nats * row.pop("moved").item() <= args.step_kl  # the one time that a GPU is waited for
                 if train_actor:
-                    loss = loss + args.kl_coef * pull + (row["policy_loss"] if strayed <= args.target_kl else 0.0)
+                    loss = loss + row["policy_loss"] + args.kl_coef * pull
             optimizer.zero_grad()
             loss.backward()
             if not train_actor:  # a compiled backward leaves zeros, and Adam would still move the policy

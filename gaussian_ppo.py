@@ -291,7 +291,7 @@ def ppo_update(args: Args, agent: Agent, optimizer, batch: dict, train_actor: bo
     size, losses = len(batch["obs"]), compiled(ppo_losses, args.compile)
     logs: dict[str, list[torch.Tensor]] = {}  # read at the end: a GPU would be waited for
     for _ in range(args.update_epochs):
-        for rows in torch.randperm(size, device=agent.device).split(size // args.num_minibatches):
+        for rows in torch.randperm(size, device=agent.device).tensor_split(args.num_minibatches):
             row = losses(args, agent, {name: value[rows] for name, value in batch.items()}, train_actor)
             loss = row["value_loss"]
             if train_actor:

@@ -73,8 +73,12 @@ def make_run(folder: str, task_name: str, script: str, args) -> Path:
             raise UserError(f"cannot create the run folder {run}: {error.strerror}; choose another --run-folder") from error
 
 
+AFTER_TRAINING = ("corpus_episodes", "corpus_images", "videos")  # flags that may change when a run is resumed
+
+
 def resumed_args(run: Path, script: str, cls: type):
-    """The arguments (a `cls`) of the run in folder `run`; a flag on the command line that differs from the run's is an error."""
+    """The arguments (a `cls`) of the run in folder `run`. A flag on the command line that differs from the run's is an error, but for
+    those that matter only after training: a finished run can be resumed for a larger corpus. config.json stays as it was."""
     try:
         config = json.loads((run / "config.json").read_text())
         stored = dict(config["args"])
@@ -87,10 +91,10 @@ def resumed_args(run: Path, script: str, cls: type):
     given = tyro.cli(cls, default=started)  # the run's arguments, but for what the command line says
     for name in names:
         then, now = getattr(started, name), getattr(given, name)
-        if name != "resume" and now != then:
+        if name != "resume" and name not in AFTER_TRAINING and now != then:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{run} was started with {flag} {then}, not {now}; resume it without {flag}, or start a new run")
-    return started
+    return given
 
 
 def save_checkpoint(path: Path, content: dict) -> None:

@@ -32,6 +32,7 @@ class Args:
     num_patterns: int | str = 8
     resume: str | None = None
     added_later: float = 0.5
+    corpus_episodes: int = 20
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -205,6 +206,12 @@ def test_resumed_args_are_the_runs(tmp_path, resumed):
     run = stored_run(tmp_path)
     assert resumed() == Args(3, 2, str(run), 0.5)
     assert resumed("--seed", "3", "--num-patterns", "2") == Args(3, 2, str(run), 0.5)
+
+
+def test_what_comes_after_training_may_change(tmp_path, resumed):
+    run = stored_run(tmp_path)
+    assert resumed("--corpus-episodes", "100") == Args(3, 2, str(run), 0.5, 100)
+    assert resumed().corpus_episodes == 20
 
 
 def test_resume_errors(tmp_path, resumed):
