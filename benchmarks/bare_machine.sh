@@ -2,7 +2,8 @@
 # Both README commands as a new user of a bare machine gives them: a new virtual environment, an empty home, the tracked files
 # alone, no LIBERO or GL variable, no Hugging Face Hub and no standard input. Prints what each took; fails if either does.
 #
-#     bash benchmarks/bare_machine.sh [python3.11]        # KEEP=1 keeps the folder, INSTALL_ONLY=1 stops after the installation
+#     bash benchmarks/bare_machine.sh [python3.11]        # KEEP=1 keeps the folder, INSTALL_ONLY=1 stops after the installation,
+#                                                         # QUICK=1 trains for a minute and runs the tests of stand-ins only (as CI does)
 set -euo pipefail
 
 python=${1:-python3}
@@ -39,7 +40,12 @@ step install "$install"
 du -sh "$work/venv" | sed 's/^/== /'
 [ "${INSTALL_ONLY:-0}" = 1 ] && exit $failed
 [ $failed = 0 ] || exit 1
-step job "$install && python dlr_discover.py --num-patterns 8"
-step tests "$install && pytest"
+quick_job= quick_tests=
+if [ "${QUICK:-0}" = 1 ]; then
+    quick_job=' --num-demos 16 --learn-epochs 40 --total-steps 16384 --eval-episodes 3 --corpus-episodes 1'
+    quick_tests=' tests/test_standins.py tests/test_render.py'
+fi
+step job "$install && python dlr_discover.py --num-patterns 8$quick_job"
+step tests "$install && pytest$quick_tests"
 du -sh "$work/home" | sed 's/^/== /'
 exit $failed

@@ -2,10 +2,13 @@
 
     python -m benchmarks.compare runs/RUN [runs/RUN ...]                  # runs that are finished
     python -m benchmarks.compare --task libero_90/20 --seeds 1 2 3        # runs everything itself; finished runs are kept
+    python -m benchmarks.compare runs/RUN --merge compare/compare.json    # more seeds for an earlier table, e.g. from another machine
 
-A column is a script (with the flags in which its runs differ, if they do) over its seeds: the mean, and a 95 % bootstrap interval
-where there are two or more. The first column holds the demonstrations that the runs learned from. Trajectories are compared in equal
-numbers: as many of each run as the smallest corpus holds, the same number of each pattern.
+A column is a script (with the flags in which its runs differ, if they do) over its seeds: the mean, and a 95 % interval. Of several
+seeds that is a bootstrap over seeds. Of one seed it says how well this one policy was measured, not how far others would fall from it:
+Wilson's interval of its success, and the jackknife over its trajectories. The first column holds the demonstrations that the runs
+learned from. Trajectories are compared in equal numbers: as many of each run as the smallest corpus holds, the same number of each
+pattern.
 
 Writes OUT/compare.md, compare.json, compare.png (paths from above, pairwise DTW distances, one PCA map of all) and curves.png
 (success during PPO, with exploration noise, over environment steps and over time).
@@ -13,6 +16,7 @@ Writes OUT/compare.md, compare.json, compare.png (paths from above, pairwise DTW
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -67,6 +71,8 @@ class Args:
     """with --task: where runs are, and are written"""
     assets: str | None = None
     """LIBERO's asset folder, or standin (default: $LIBERO_ASSETS, else LIBERO's own, else a download, else stand-ins)"""
+    merge: list[Path] = field(default_factory=list)
+    """compare.json of earlier comparisons on this task: their columns and seeds are added to the table and the curves"""
     out: Path = Path("compare")
     """folder for the table and the figure"""
 
@@ -82,6 +88,22 @@ class Run:
     corpus: list[Episode]
     curve: np.ndarray
     """(M, 3) environment steps, minutes of PPO, success during training"""
+
+
+@dataclass
+class Column:
+    """What the table says of one source, a seed at a time."""
+
+    seeds: list[int] = field(default_factory=list)
+    rows: list[dict] = field(default_factory=list)
+    """MEASURES and `intervals`"""
+    curves: list[np.ndarray] = field(default_factory=list)
+    """`learning_curve`"""
+
+    def add(self, seed: int, row: dict, curve: np.ndarray) -> None:
+        self.seeds.append(seed)
+        self.rows.append(row)
+        self.curves.append(curve)
 
 
 def load_run(folder: Path) -> Run:
@@ -108,6 +130,28 @@ def learning_curve(folder: Path) -> np.ndarray:
     steps = np.array(sorted(success))
     spent = np.cumsum([sum(part[step] for part in seconds) for step in steps])
     return np.column_stack([steps, spent / 60, [success[step] for step in steps]])
+
+
+def load_comparison(path: Path, task: Task) -> dict:
+    """An earlier compare.json, without its demonstrations. Raises UserError if it is none, or of another task."""
+    try:
+        found = json.loads(path.read_text())
+        columns = {name: column for name, column in found["columns"].items() if not name.startswith("demonstrations")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a comparison's compare.json") from error
+    for key, mine in (("task", task.id), ("assets", task.assets)):
+        if found.get(key) != mine:
+            raise UserError(f"{path} is a comparison on {found.get(key)}, not on {mine}")
+    return found | {"columns": columns}
+
+
+def merge(columns: dict[str, Column], old: dict, path: Path) -> None:
+    """Add the columns and seeds of an earlier comparison, `load_comparison(path)`."""
+    for name, column in old["columns"].items():
+        for seed, row, curve in zip(column["seeds"], column["rows"], column["curves"], strict=True):
+            if name in columns and seed in columns[name].seeds:
+                raise UserError(f"seed {seed} of {name} is in {path}, and given besides")
+            columns.setdefault(name, Column()).add(seed, row, np.array(curve, float).reshape(-1, 3))
 
 
 def column_names(runs: list[Run]) -> list[str]:
@@ -170,6 +214,24 @@ def measure(task: Task, episodes: list[Episode]) -> dict[str, float]:
     return {name: values[name] for name in MEASURES if name in values}
 
 
+def with_intervals(task: Task, episodes: list[Episode], per_pattern: list[dict] = ()) -> dict:
+    """`measure`, and in `intervals` how well these few trajectories determine it (95 %).
+
+    The jackknife (Efron & Stein 1981): the spread of the values when each trajectory is left out in turn. Unlike the bootstrap it holds no
+    trajectory twice, which would pull distances between trajectories down. Success: Wilson's interval over all tries.
+    """
+    values, n = measure(task, episodes), len(episodes)
+    intervals = {}
+    if n > 2:
+        without = [measure(task, episodes[:i] + episodes[i + 1 :]) for i in range(n)]
+        for name, value in values.items():
+            half = 1.96 * np.sqrt((n - 1) * np.var([w[name] for w in without]))
+            intervals[name] = value - half, value + half
+    if tries := sum(row["episodes"] for row in per_pattern):
+        intervals["success_rate"] = metrics.wilson_interval(sum(row["success_rate"] * row["episodes"] for row in per_pattern), tries)
+    return values | {"intervals": intervals}
+
+
 def demonstrator_consistency(task: Task, noise: float) -> float:
     """`rollout.measure_consistency` of the scripted demonstrator, a pattern being a strategy."""
     ways = len(strategies(task))
@@ -186,9 +248,9 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
         for values in rows.values():
             x = np.array([v[measure] for v in values if v.get(measure) is not None])
             cell = form.format(x.mean()) if len(x) else "-"
-            if len(x) > 1:
-                low, high = metrics.bootstrap_interval(x)
-                cell += f" ({form.format(low)} to {form.format(high)})"
+            interval = metrics.bootstrap_interval(x) if len(x) > 1 else values[0].get("intervals", {}).get(measure)
+            if interval is not None:
+                cell += " ({} to {})".format(*map(form.format, interval))
             cells.append(cell)
         lines.append(f"| {meaning} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -206,37 +268,42 @@ def main() -> None:
     task = load_task(names[0], args.assets)
     first = runs[0].config["args"]
     demos, source = rollout.load_demos(first["demos"], task, first["num_demos"], first["demo_noise"], first["seed"], Progress())
-    size = min(len(demos), *(len(run.corpus) for run in runs))
+    merged = [load_comparison(path, task) for path in args.merge]
+    size = min(len(demos), *(len(run.corpus) for run in runs), *(old["trajectories"] for old in merged))
+    if uneven := [path for path, old in zip(args.merge, merged, strict=True) if old["trajectories"] > size]:
+        raise UserError(
+            f"{uneven[0]} compares more than the {size} trajectories that every run here has; compare its runs again with these"
+        )
     shown = {"demonstrations": equal_numbers(demos, size)}
     known = {"consistency": demonstrator_consistency(task, first["demo_noise"])} if source == "scripted" else {}
-    rows: dict[str, list[dict[str, float]]] = {f"demonstrations, {source}": [known | measure(task, shown["demonstrations"])]}
-    curves: dict[str, list[np.ndarray]] = {}
-    seeds: dict[str, list[int]] = {}
-    columns = sorted(zip(runs, column_names(runs), strict=True), key=lambda pair: (SCRIPTS.index(pair[0].script), pair[1], pair[0].seed))
-    for run, name in columns:
+    columns: dict[str, Column] = {f"demonstrations, {source}": Column([0], [known | with_intervals(task, shown["demonstrations"])], [])}
+    named = sorted(zip(runs, column_names(runs), strict=True), key=lambda pair: (SCRIPTS.index(pair[0].script), pair[1], pair[0].seed))
+    for run, name in named:
         known = {"success_rate": run.summary["success_rate"], "env_steps": run.summary["env_steps"]}
         known["learn_success"] = run.summary["stages"]["learn"]
         known["consistency"] = run.summary.get("consistency")  # not in runs of older versions
         known["wall_minutes"] = run.summary["wall_seconds"] / 60
         chosen = equal_numbers(run.corpus, size)
         shown.setdefault(name, chosen)
-        rows.setdefault(name, []).append(known | measure(task, chosen))
-        curves.setdefault(name, []).append(run.curve)
-        seeds.setdefault(name, []).append(run.seed)
+        columns.setdefault(name, Column()).add(run.seed, known | with_intervals(task, chosen, run.summary["per_pattern"]), run.curve)
+    for path, old in zip(args.merge, merged, strict=True):
+        merge(columns, old, path)
     versions = {run.config["versions"]["mujoco"] for run in runs}
     if len(versions) > 1:
         print(f"warning: the runs used different MuJoCo versions, {', '.join(map(str, versions))}", file=sys.stderr)
 
     args.out.mkdir(parents=True, exist_ok=True)
-    text = table(rows)
-    header = f"# {task.id}\n\n{size} trajectories a run; in brackets the number of seeds, and 95 % bootstrap intervals over them.\n\n"
+    text = table({name: column.rows for name, column in columns.items()})
+    header = f"# {task.id}\n\n{size} trajectories a run. In brackets the number of seeds, and 95 % intervals:"
+    header += " over seeds, or, of one seed, over its tries and trajectories.\n\n"
     with atomic_path(args.out / "compare.md") as temporary:
         temporary.write_text(header + text + "\n")
-    write_json(args.out / "compare.json", {"task": task.id, "trajectories": size, "seeds": seeds, "rows": rows})
+    content = {name: dataclasses.asdict(column) for name, column in columns.items()}
+    write_json(args.out / "compare.json", {"task": task.id, "assets": task.assets, "trajectories": size, "columns": content})
     features = {name: rollout.path_features(task, episodes) for name, episodes in shown.items()}
     labels = {name: patterns_of(episodes) for name, episodes in shown.items()}
     plots.plot_comparison(args.out / "compare.png", features, labels, task.language)
-    plots.plot_learning_curves(args.out / "curves.png", curves, task.language)
+    plots.plot_learning_curves(args.out / "curves.png", {n: c.curves for n, c in columns.items() if any(map(len, c.curves))}, task.language)
     print(header + text)
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from benchmarks import compare
+from common import metrics
 from common.cli import UserError
 from common.data import Episode
+from common.runs import write_json
 
 
 def episode(pattern: int, strategy: int | None = None, name: str = "") -> Episode:
@@ -32,6 +36,49 @@ def test_the_table_gives_means_and_intervals_over_seeds():
     assert one == "50%" and three.startswith("90% (8") and three.endswith("to 100%)")
     assert compare.table(rows).splitlines()[0] == "| | one (1) | three (3) |"
     assert "| - | - |" in compare.table(rows)  # what nobody measured
+
+
+def test_one_seed_has_the_interval_of_its_own_tries(monkeypatch):
+    """The jackknife of a mean is the standard error of the mean; success has Wilson's interval."""
+    x = np.array([1.0, 4.0, 2.0, 7.0, 5.0])
+    monkeypatch.setattr(compare, "measure", lambda task, episodes: {"mean_jerk": np.mean(episodes)})
+    row = compare.with_intervals(None, list(x), [{"success_rate": 0.9, "episodes": 50}, {"success_rate": 1.0, "episodes": 50}])
+    half = 1.96 * x.std(ddof=1) / np.sqrt(5)
+    np.testing.assert_allclose(row["intervals"]["mean_jerk"], [x.mean() - half, x.mean() + half])
+    np.testing.assert_allclose(row["intervals"]["success_rate"], metrics.wilson_interval(95, 100))
+    line = next(line for line in compare.table({"one": [row | {"success_rate": 0.95}]}).splitlines() if "| success, 50" in line)
+    assert line.endswith("| 95% (89% to 98%) |")
+    assert "mean_jerk" not in compare.with_intervals(None, list(x[:2]))["intervals"]
+
+
+def test_an_earlier_comparison_adds_seeds_and_columns(tmp_path):
+    task, path = SimpleNamespace(id="libero_90/9", assets="libero:1"), tmp_path / "compare.json"
+    curve = np.array([[100.0, 1.0, np.nan], [200.0, 2.0, 0.5]])
+    old = {"demonstrations, scripted": compare.Column([0], [{}], [])}
+    old |= {name: compare.Column([2, 3], [{"success_rate": 0.5}, {"success_rate": 0.7}], [curve, curve]) for name in ("a", "b")}
+    content = {
+        "task": task.id,
+        "assets": task.assets,
+        "trajectories": 20,
+        "columns": {name: dataclasses.asdict(column) for name, column in old.items()},
+    }
+    write_json(path, content)
+    columns = {"a": compare.Column([1], [{"success_rate": 0.9}], [curve])}
+    compare.merge(columns, compare.load_comparison(path, task), path)
+    assert columns["a"].seeds == [1, 2, 3] and columns["b"].seeds == [2, 3] and set(columns) == {"a", "b"}
+    np.testing.assert_array_equal(columns["b"].curves[1], curve)
+    assert "70% (50% to 90%)" in compare.table({name: column.rows for name, column in columns.items()})
+    with pytest.raises(UserError, match="seed 2 of a is in .* and given besides"):
+        compare.merge(columns, compare.load_comparison(path, task), path)
+    for other, message in (
+        (("libero_90/7", "libero:1"), "on libero_90/9, not on libero_90/7"),
+        ((task.id, "standin:1"), "on libero:1, not on"),
+    ):
+        with pytest.raises(UserError, match=message):
+            compare.load_comparison(path, SimpleNamespace(id=other[0], assets=other[1]))
+    path.write_text("[]")
+    with pytest.raises(UserError, match="is not a comparison's compare.json"):
+        compare.load_comparison(path, task)
 
 
 def run_with(script: str, **flags) -> compare.Run:
