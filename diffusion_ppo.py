@@ -127,6 +127,8 @@ class Args:
     """lambda of generalised advantage estimation"""
     actor_lr: float = 3e-5
     """learning rate of the policy"""
+    anneal_lr: bool = True
+    """the policy's learning rate falls linearly to 0: late in training, when most episodes succeed, updates are mostly noise"""
     critic_lr: float = 1e-3
     """learning rate of the value function"""
     update_epochs: int = 5
@@ -609,6 +611,7 @@ class Reinforce:
         """
         args, env, agent, device = self.args, self.env, self.agent, self.agent.device
         progress = self.iteration / self.num_iterations
+        self.optimizer.param_groups[0]["lr"] = args.actor_lr * (1 - progress if args.anneal_lr else 1)
         floor = args.std_start ** (1 - progress) * args.std_end**progress
         shape, size = (args.num_steps, env.num_envs), agent.shape[0] * agent.shape[1]
         obs, next_obs = (obs_buffer(args.num_steps, self.obs, device) for _ in range(2))
@@ -677,6 +680,7 @@ class Reinforce:
             "charts/update_seconds": time.perf_counter() - began,
             "charts/SPS": args.num_steps * env.num_envs / (rollout_seconds + time.perf_counter() - began),
             "charts/policy_std": floor,
+            "charts/learning_rate": self.optimizer.param_groups[0]["lr"],
             "losses/explained_variance": float(1 - (returns - values).var() / variance) if variance > 0 else math.nan,
         }
         return charts | {f"losses/{name}": value for name, value in losses.items()}

@@ -124,6 +124,8 @@ class Args:
     """lambda of generalised advantage estimation"""
     actor_lr: float = 4e-5
     """learning rate of the policy"""
+    anneal_lr: bool = True
+    """the policy's learning rate falls linearly to 0: late in training, when most episodes succeed, updates are mostly noise"""
     critic_lr: float = 1e-3
     """learning rate of the value function"""
     update_epochs: int = 5
@@ -603,6 +605,7 @@ class Reinforce:
         """Roll out `num_steps` steps in every environment, then update. Returns what to log."""
         args, env, agent, device = self.args, self.env, self.agent, self.agent.device
         progress = self.iteration / self.num_iterations
+        self.optimizer.param_groups[0]["lr"] = args.actor_lr * (1 - progress if args.anneal_lr else 1)
         std = args.std_start ** (1 - progress) * args.std_end**progress
         with torch.no_grad():
             agent.log_std.fill_(math.log(std))
@@ -678,6 +681,7 @@ class Reinforce:
             "charts/update_seconds": time.perf_counter() - began,
             "charts/SPS": args.num_steps * env.num_envs / (rollout_seconds + time.perf_counter() - began),
             "charts/policy_std": std,
+            "charts/learning_rate": self.optimizer.param_groups[0]["lr"],
             "losses/explained_variance": float(1 - (returns - values.flatten()).var() / variance) if variance > 0 else np.nan,
         }
         if args.mi_coef:
