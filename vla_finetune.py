@@ -226,7 +226,7 @@ def evaluate(
         actions = np.where((trial >= 0)[:, None], plans[np.arange(num_envs), step % replan], NO_OP)
         for i in range(num_envs):
             paths[i].append(qpos[i])
-        _, _, terminated, truncated, _ = env.step(actions)
+        _, _, terminated, truncated, _ = env.step(actions, trial >= 0)
         step += 1
         ended = np.flatnonzero((terminated | truncated) & (trial >= 0))
         for i in ended:

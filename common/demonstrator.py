@@ -62,7 +62,7 @@ class Strategy:
 
 
 MAX_STRATEGIES = 8
-REHEARSALS = 6  # training states on which a strategy may fail once
+REHEARSALS = 6  # training states on which a strategy may fail once; if none of the first four fails, that is enough
 PATIENCE = 20  # control steps that a demonstrator waits for things to come to rest
 ROUNDS = 6  # of rehearsals of a task of several steps
 _strategies: dict[tuple[str, str], list[Strategy]] = {}
@@ -95,6 +95,36 @@ def _cache_file(task: Task, kind: str, suffix: str, *details) -> Path:
     return cache_dir() / "demos" / f"{task.suite}-{task.index:02d}-{kind}-{key}.{suffix}"
 
 
+@dataclasses.dataclass
+class Trials:
+    """The rehearsals of one strategy. At most two are under way at a time, for two failures are enough."""
+
+    strategy: Strategy
+    begun: int = 0
+    ended: int = 0
+    failures: int = 0
+
+    def missing(self) -> int:
+        """How many more have to end without another failure until it has passed; 0: it is known whether it has."""
+        return max(0, (REHEARSALS - 2, REHEARSALS, 0)[min(self.failures, 2)] - self.ended)
+
+    def passed(self) -> bool:
+        return self.failures < 2 and self.missing() == 0
+
+    def record(self, success: bool) -> None:
+        self.ended, self.failures = self.ended + 1, self.failures + (not success)
+
+
+def next_trial(trials: dict[Any, Trials], useful: Callable[[Any], bool] = lambda key: True) -> Attempt | None:
+    """The next attempt (see `perform`) at one of `trials`, whose key it has. None: no more, or not before another one has ended."""
+    waiting = [c for c, t in trials.items() if t.begun - t.ended < min(2, t.missing()) and useful(c)]
+    if not waiting:
+        return None
+    c = min(waiting, key=lambda c: trials[c].begun)
+    trials[c].begun += 1
+    return Attempt(c, trials[c].strategy, [trials[c].begun - 1, 1], None)
+
+
 def _rehearse(task: Task) -> list[dict[str, str]]:
     """The factors of the strategies that `strategies` describes."""
     if unknown := [p.name for p in task.goal if p.name not in SKILLS]:
@@ -107,9 +137,13 @@ def _rehearse(task: Task) -> list[dict[str, str]]:
         env.close()
         return factors
     main = predicates[0]
-    holds = [SKILLS[main.name].holds(task, main, data) for data in env.data]
-    common = {name: hold for name, hold in holds[0].items() if sum(name in others for others in holds) >= 5}
-    ways = SKILLS[main.name].repertoire(task, main, env.data[0], common)
+    holds = SKILLS[main.name].holds(task, main, env.data[0])
+    seen = dict.fromkeys(holds, 1)  # in how many of the eight states there is such a hold
+    for k, data in enumerate(env.data[1:], 1):
+        if any(n < 5 <= n + env.num_envs - k for n in seen.values()):
+            others = SKILLS[main.name].holds(task, main, data)
+            seen = {name: n + (name in others) for name, n in seen.items()}
+    ways = SKILLS[main.name].repertoire(task, main, env.data[0], {name: hold for name, hold in holds.items() if seen[name] >= 5})
     if not ways:
         raise UserError(f"{task.id}: the scripted demonstrator finds no way to plan {main.name}({', '.join(main.args)})")
     features = np.array([_features(skill, env.data[0]) for skill in ways])
@@ -117,7 +151,6 @@ def _rehearse(task: Task) -> list[dict[str, str]]:
     distance = np.linalg.norm(features[:, None] - features[None], axis=-1)
     passed: set[int] = set()
     failed: set[int] = set()
-    stumbled: set[int] = set()
     while len(ways) > len(failed):
         pool = [c for c in range(len(ways)) if c not in failed]
         chosen = sorted(passed)
@@ -126,18 +159,11 @@ def _rehearse(task: Task) -> list[dict[str, str]]:
             chosen.append(max(rest, key=lambda c: distance[c, chosen].min() if chosen else distance[c, pool].sum()))
         if set(chosen) == passed:
             break
-        new = [c for c in chosen if c not in passed]
-        queue = [Attempt(c, Strategy("", ways[c].factors), [k, 1], None) for k in range(REHEARSALS) for c in new]
-
-        def next_attempt(queue=queue):
-            while queue and queue[0].key in failed:
-                queue.pop(0)
-            return queue.pop(0) if queue else None
-
-        for c, episode in perform(task, next_attempt, 0.1, 16, task.max_steps // 2):
-            if not episode.success:
-                (failed if c in stumbled else stumbled).add(c)
-        passed |= set(new) - failed
+        trials = {c: Trials(Strategy("", ways[c].factors)) for c in chosen if c not in passed}
+        for attempt, episode in perform(task, lambda trials=trials: next_trial(trials), 0.1, 16, task.max_steps // 2):
+            trials[attempt.key].record(episode.success)
+        passed |= {c for c, t in trials.items() if t.passed()}
+        failed |= set(trials) - passed
         for hold in {_hold(ways[c]) for c in failed}:  # two failures and no success: this way of taking hold is no good
             same = {c for c in range(len(ways)) if _hold(ways[c]) == hold}
             if len(same & failed) > 1 and not same & passed:
@@ -164,44 +190,43 @@ def _rehearse_steps(task: Task, predicates: list[Predicate], data: mujoco.MjData
             raise UserError(f"{task.id}: the scripted demonstrator finds no way to plan {p.name}({', '.join(p.args)})")
     main = next((k for k, p in enumerate(predicates) if SKILLS[p.name] is PickPlace), 0)
     wins, losses = ([np.zeros(len(o), int) for o in options] for _ in range(2))
-    tried: dict[tuple[int, ...], int] = {}  # combination of choices -> failures
+    tried: dict[tuple[int, ...], Trials] = {}  # of each combination of choices
 
-    def useful(k: int) -> list[int]:
-        """The choices for a step that may still work: the proven ones first, but new ones for the step that gives the variety."""
-        alive = [j for j in range(len(options[k])) if losses[k][j] < 2 or wins[k][j] > 2 * losses[k][j]]
-        return sorted(alive, key=lambda j: (losses[k][j] > 0, k != main and wins[k][j] == 0))
+    def alive(k: int, j: int) -> bool:
+        """Whether choice `j` for step `k` may still work."""
+        return losses[k][j] < 2 or wins[k][j] > 2 * losses[k][j]
+
+    def choices(k: int) -> list[int]:
+        """Those for a step that may still work: the proven ones first, but new ones for the step that gives the variety."""
+        rest = [j for j in range(len(options[k])) if alive(k, j)]
+        return sorted(rest, key=lambda j: (losses[k][j] > 0, k != main and wins[k][j] == 0))
 
     for _ in range(ROUNDS):
-        rows, new = [useful(k) for k in range(len(options))], []
+        rows, new = [choices(k) for k in range(len(options))], []
         if not all(rows):
             break
-        passed = [c for c, failures in tried.items() if failures < 2]
+        passed = [c for c, trials in tried.items() if trials.passed()]
         for i in range(4 * MAX_STRATEGIES):
             combination = tuple(row[(i if k == main else i // (1 + k)) % len(row)] for k, row in enumerate(rows))
             if combination not in tried and combination not in new and len(new) + len(passed) < MAX_STRATEGIES:
                 new.append(combination)
         if not new:
             break
-        tried |= dict.fromkeys(new, 0)
-        strategy = {c: Strategy("", _join([options[k][j] for k, j in enumerate(c)])) for c in new}
-        combinations = new * REHEARSALS
-        attempts = [Attempt(i, strategy[c], [i // len(new), 1], None) for i, c in enumerate(combinations)]
-        queue = attempts.copy()
+        fresh = {c: Trials(Strategy("", _join([options[k][j] for k, j in enumerate(c)]))) for c in new}
+        tried |= fresh
 
-        def next_attempt(queue=queue, combinations=combinations):
-            while queue and tried[combinations[queue[0].key]] > 1:
-                queue.pop(0)
-            return queue.pop(0) if queue else None
+        def next_attempt(fresh=fresh):
+            return next_trial(fresh, lambda c: all(alive(k, j) for k, j in enumerate(c)))
 
-        for i, episode in perform(task, next_attempt, 0.1, 16):
-            c = combinations[i]
-            done = len(c) if episode.success else attempts[i].stage
+        for attempt, episode in perform(task, next_attempt, 0.1, 16):
+            c = attempt.key
+            tried[c].record(episode.success)
+            done = len(c) if episode.success else attempt.stage
             for k in range(done):
                 wins[k][c[k]] += 1
             if not episode.success:
                 losses[done][c[done]] += 1
-                tried[c] += 1
-    passed = [c for c, failures in tried.items() if failures < 2]
+    passed = [c for c, trials in tried.items() if trials.passed()]
     if not passed:
         k = int(np.argmax([loss.sum() for loss in losses]))
         step = f"{predicates[k].name}({', '.join(predicates[k].args)})"
@@ -356,8 +381,8 @@ class Attempt:
 
 def perform(
     task: Task, next_attempt: Callable[[], Attempt | None], noise: float, num_envs: int, max_steps: int | None = None
-) -> Iterator[tuple[Any, Episode]]:
-    """Make the attempts that `next_attempt` hands out (None: no more for now), `num_envs` at a time; yields (key, episode).
+) -> Iterator[tuple[Attempt, Episode]]:
+    """Make the attempts that `next_attempt` hands out (None: no more for now), `num_envs` at a time; yields (attempt, episode).
 
     An attempt ends at success, after `max_steps` (default: the task's), or when its demonstrator gives up.
     """
@@ -367,28 +392,31 @@ def perform(
 
     def launch() -> None:
         for i in range(num_envs):
-            if i not in running and (attempt := next_attempt()) is not None:
-                rng = np.random.default_rng(attempt.seed)
-                options = {"reset_mask": np.arange(num_envs) == i}
-                if attempt.init_state is not None:
-                    options["init_state"] = attempt.init_state
-                env.reset(seed=int(rng.integers(2**31)), options=options)
-                running[i] = attempt, Demonstrator(task, attempt.strategy, noise, rng)
+            if i in running:
+                continue
+            if (attempt := next_attempt()) is None:
+                return
+            rng = np.random.default_rng(attempt.seed)
+            options = {"reset_mask": np.arange(num_envs) == i}
+            if attempt.init_state is not None:
+                options["init_state"] = attempt.init_state
+            env.reset(seed=int(rng.integers(2**31)), options=options)
+            running[i] = attempt, Demonstrator(task, attempt.strategy, noise, rng)
 
     launch()
     while running:
-        actions = np.tile(NO_OP, (num_envs, 1))
+        actions, active = np.tile(NO_OP, (num_envs, 1)), np.isin(np.arange(num_envs), list(running))
         for i, (_, demonstrator) in running.items():
             actions[i] = demonstrator.act(env.data[i])
         recorder.before()
-        _, _, terminated, truncated, _ = env.step(actions)
+        _, _, terminated, truncated, _ = env.step(actions, active)
         for i in range(num_envs):  # what idle environments record is cut off and dropped
-            truncated[i] |= i not in running or running[i][1].failed
-        for i, episode in recorder.after(actions, terminated & [i in running for i in range(num_envs)], truncated):
-            if i in running:
+            truncated[i] |= not active[i] or running[i][1].failed
+        for i, episode in recorder.after(actions, terminated, truncated):
+            if active[i]:
                 attempt, demonstrator = running.pop(i)
                 attempt.stage = demonstrator.stage
-                yield attempt.key, episode
+                yield attempt, episode
         launch()
     env.close()
 
@@ -446,8 +474,9 @@ def collect(
         return Attempt((s, k), repertoire[s], [seed, s, k], None if init_states is None else int(init_states[k % len(init_states)]))
 
     with tqdm(total=num_episodes, desc=f"demonstrations of {task.id}", disable=None if progress else True) as bar:
-        for (s, k), episode in perform(task, next_attempt, noise, min(num_envs, num_episodes)):
-            start = -1 if init_states is None else int(init_states[k % len(init_states)])
+        for attempt, episode in perform(task, next_attempt, noise, min(num_envs, num_episodes)):
+            s, k = attempt.key
+            start = -1 if attempt.init_state is None else attempt.init_state
             episode.attrs.update(strategy=repertoire[s].name, strategy_index=s, init_state=start, seed=seed, attempt=k)
             episode.attrs.update(noise=noise, source="scripted")
             good = episode.success and (not verify or replays(task, episode))

@@ -501,6 +501,9 @@ class LiberoVectorEnv(LiberoEnv):
 
     Autoreset is gymnasium's SAME_STEP (the observation is the next episode's first, `info["final_obs"]` the last one's,
     `info["final_states"]` its state) or DISABLED (`options={"reset_mask": mask}` resets some).
+
+    `step(actions, active)` moves only the environments whose number in `active` (num_envs,) bool is True: those that have ended and
+    have no further episode to run cost nothing. The others stand still; what is returned of them means nothing.
     """
 
     def __init__(
@@ -556,12 +559,13 @@ class LiberoVectorEnv(LiberoEnv):
         self._reset(np.flatnonzero(mask), indices)
         return self._observations(), {"state_index": self._state_indices.copy()}
 
-    def step(self, actions):
+    def step(self, actions, active: np.ndarray | None = None):
         actions = np.ascontiguousarray(actions, np.float64)
         if actions.shape != (self.num_envs, 7) or not np.isfinite(actions).all():
             raise ValueError(f"actions must be finite numbers of shape {(self.num_envs, 7)}, not {actions.shape}")
-        self._advance(actions)
-        self._elapsed += 1
+        moving = self._all if active is None else np.flatnonzero(active)
+        self._advance(actions, moving)
+        self._elapsed[moving] += 1
         terminated = self._near.copy()
         for i in np.flatnonzero(self._near):
             terminated[i] = _contacts_hold(self.task.goal, self.data[i], self.task.model)
@@ -656,7 +660,7 @@ class LiberoVectorEnv(LiberoEnv):
         for i in envs:
             physics, self._goal_rot[i], self._grip[i] = self._settled[kind, int(self._state_indices[i])]
             self._set_integration_state(i, physics)
-            self._elapsed[i] = 0
+            self._elapsed[i], self._near[i] = 0, False
 
     def _load(self, i: int, state: np.ndarray, gripper: float) -> None:
         model, data = self.task.model, self.data[i]

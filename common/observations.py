@@ -89,8 +89,8 @@ class PixelEnv(VectorWrapper):
         _, info = self.env.reset(seed=seed, options=options)
         return self.observations(), info
 
-    def step(self, actions):
-        _, reward, terminated, truncated, info = self.env.step(actions)
+    def step(self, actions, active: np.ndarray | None = None):
+        _, reward, terminated, truncated, info = self.env.step(actions, active)
         observations = self.observations()
         if "final_obs" in info:  # an autoreset has put the next episodes' states in the place of the last ones
             ended, states = (np.asarray(torch.as_tensor(info[name]).cpu()) for name in ("_final_obs", "final_states"))

@@ -96,15 +96,16 @@ def roll_out(env: LiberoVectorEnv, policy: Policy, jobs: Sequence[tuple[int, int
     while (current >= 0).any():
         actions = policy(obs, patterns)
         recorder.before()
-        obs, _, terminated, truncated, _ = env.step(actions)
-        for i, episode in recorder.after(actions, terminated, truncated):
-            if current[i] >= 0:
+        obs, _, terminated, truncated, _ = env.step(actions, current >= 0)
+        idle = current < 0
+        for i, episode in recorder.after(actions, terminated, truncated | idle):  # what idle environments record is cut off and dropped
+            if not idle[i]:
                 pattern, init_state = jobs[current[i]]
                 episode.attrs.update(pattern=int(pattern), init_state=int(init_state))
                 episodes[current[i]] = episode
                 tick(episode)
-        if (terminated | truncated).any():
-            obs = assign(np.flatnonzero(terminated | truncated))
+        if len(ended := np.flatnonzero((terminated | truncated) & ~idle)):
+            obs = assign(ended)
     return episodes
 
 

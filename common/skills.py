@@ -5,14 +5,17 @@ See `common.demonstrator`, which puts them together.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mujoco
+import numba
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
+from scipy.ndimage import maximum_filter, maximum_filter1d
 
 from common.tasks import Predicate, Task
 
@@ -123,22 +126,22 @@ def find_grasps(target: np.ndarray, scene: np.ndarray, rotation: np.ndarray, dep
         np.maximum.at(heights, tuple(cells[inside].T), -points[inside, 2])
         return heights
 
-    def windows(heights, x, y):  # (shape[0], shape[1], 2x+1, 2y+1) around each cell of the target's footprint
-        view = sliding_window_view(heights, (2 * x + 1, 2 * y + 1))
-        return view[margin - x : margin - x + shape[0], margin - y : margin - y + shape[1]]
+    def profile(heights, x, y):  # (shape[0], shape[1], 2x+1) along the finger axis, y cells to both sides, at each cell of the footprint
+        wide = maximum_filter1d(heights, 2 * y + 1, axis=1, mode="constant", cval=-np.inf)
+        return sliding_window_view(wide, 2 * x + 1, axis=0)[margin - x : margin - x + shape[0], margin : margin + shape[1]]
 
     thing, everything = height_map(local), height_map(scene @ rotation)
     gap, outer, half_width = int(PAD_HALF_GAP / CELL), int(FINGER_OUTER / CELL), int(FINGER_HALF_WIDTH / CELL)
-    between = windows(thing, gap, 2).max(-1)  # the profile along the finger axis
+    between = profile(thing, gap, 2)
     top = between[..., gap - 3 : gap + 4].max(-1)
     tip = np.maximum(top - depth, floor)  # height of the fingertips
     material = between > (tip + 0.003)[..., None]
     offsets = np.arange(-gap, gap + 1) * CELL
     first = np.where(material, offsets, np.inf).min(-1)
     last = np.where(material, offsets, -np.inf).max(-1)
-    column = windows(everything, outer, half_width).max(-1)
+    column = profile(everything, outer, half_width)
     fingers = np.maximum(column[..., : outer - gap].max(-1), column[..., outer + gap + 1 :].max(-1))
-    hand = windows(everything, int(HAND_HALF_LENGTH / CELL), int(HAND_HALF_WIDTH / CELL)).max((-1, -2))
+    hand = profile(everything, int(HAND_HALF_LENGTH / CELL), int(HAND_HALF_WIDTH / CELL)).max(-1)
     with np.errstate(invalid="ignore"):
         good = np.isfinite(top) & (np.abs(first + last) <= 2 * CELL) & (top - tip > 0.006)
         good &= (fingers < tip - 0.002) & (hand < tip + HAND_HEIGHT) & (last - first < 2 * PAD_HALF_GAP - 0.006)
@@ -277,6 +280,12 @@ SIDES = {name: side for name, side in DIRECTIONS.items() if name != "over"}
 SIDES |= {f"{x} {y}": (SIDES[x] + SIDES[y]) / math.sqrt(2.0) for x in ("far", "near") for y in ("left", "right")}
 
 
+def scene_around(task: Task, data: mujoco.MjData, obj) -> Callable[[bool], np.ndarray]:
+    """(n, 3) points of what is solid near an object, itself included: everything (True), or all but other movable things (False)."""
+    others = [o.body for o in task.objects.values() if not o.fixture and o is not obj]
+    return functools.cache(lambda clear: nearby_points(task, data, data.xpos[obj.body], () if clear else others))
+
+
 def top_grasps(task: Task, data: mujoco.MjData, obj, only: str | None = None) -> dict[str, Grasp]:
     """Ways to take an object from above: by the rim on one of its sides, or across its middle, by name.
 
@@ -285,19 +294,18 @@ def top_grasps(task: Task, data: mujoco.MjData, obj, only: str | None = None) ->
     points = world_points(data, surface_points(task.model, obj.geoms))
     bottom, centre = points[:, 2].min(), 0.5 * (points.min(0) + points.max(0))
     reach = 0.5 * (points.max(0) - points.min(0))[:2].min()
-    others = [o.body for o in task.objects.values() if not o.fixture and o is not obj]
-    scenes = [nearby_points(task, data, data.xpos[obj.body], ignore) for ignore in ((), others)]
+    scene = scene_around(task, data, obj)
     found: dict[str, Grasp] = {}
     for angle in (0, 90, 45, 135):
         finger = np.array([math.cos(math.radians(angle)), math.sin(math.radians(angle)), 0.0])
         home = finger if angle > 0 else -finger  # of the two ways to hold, the one that turns the wrist by 90 degrees or less
         names = {name: float(side @ finger) for name, side in SIDES.items() if abs(side @ finger) > 0.99}
         names[f"across {angle}"] = 0.0
-        for scene in scenes if only is None or only in names else ():
+        for clear in (True, False) if only is None or only in names else ():
             if not (missing := [n for n in names if n not in found and only in (None, n)]):
                 break
-            for g in find_grasps(points, scene, hand_rotation(home, -UP), 0.022, bottom + 0.004):
-                g.clear = scene is scenes[0]
+            for g in find_grasps(points, scene(clear), hand_rotation(home, -UP), 0.022, bottom + 0.004):
+                g.clear = clear
                 offset = (g.position - centre)[:2]
                 along, across = float(offset @ finger[:2]), float(offset @ (finger[1], -finger[0]))
                 g.cost = abs(across) + 0.2 * g.width
@@ -314,8 +322,7 @@ def own_grasps(task: Task, data: mujoco.MjData, obj, only: str = "") -> dict[str
     The hand comes from above, or leans over by 45 degrees to come from the robot's side, for what stands in a niche.
     """
     points = world_points(data, surface_points(task.model, obj.geoms))
-    others = [o.body for o in task.objects.values() if not o.fixture and o is not obj]
-    scenes = [nearby_points(task, data, data.xpos[obj.body], ignore) for ignore in ((), others)]
+    scene = scene_around(task, data, obj)
     heavy = data.subtree_com[obj.body]
     axes = data.xmat[obj.body].reshape(3, 3)
     level = axes[:, np.argmin(np.abs(axes[2, :2]))] * (1.0, 1.0, 0.0)  # the more horizontal of the object's first two axes
@@ -334,11 +341,11 @@ def own_grasps(task: Task, data: mujoco.MjData, obj, only: str = "") -> dict[str
             rotation = hand_rotation(finger, approach)
             local = points @ rotation
             low, high = local.min(0), local.max(0)
-            for scene, depth in ((scene, depth) for scene in scenes for depth in (0.022, 0.011)):
+            for clear, depth in ((clear, depth) for clear in (True, False) for depth in (0.022, 0.011)):
                 floor = -np.inf if tilt else points[:, 2].min() + 0.004
-                grasps = find_grasps(points, scene, rotation, depth, floor)
+                grasps = find_grasps(points, scene(clear), rotation, depth, floor)
                 for g in grasps:
-                    g.clear = scene is scenes[0]
+                    g.clear = clear
                     u, v = (2.0 * (g.position @ rotation - low) / (high - low) - 1.0)[:2]
                     g.cost = 0.2 * g.width + np.linalg.norm((g.position - heavy)[:2]) + 0.03 * (tilt > 0)
                     part = "".join("-0+"[min(2, max(0, int(1.5 * x + 1.5)))] for x in (u, v))
@@ -397,6 +404,28 @@ def height_map(points: np.ndarray, low: np.ndarray, size: int, cell: float) -> n
     return heights
 
 
+def columns(points: np.ndarray, cell: float) -> tuple[np.ndarray, np.ndarray]:
+    """The lower side of (n, 3) points: the cells (m, 2) int that it covers, and its height in each of them (m,)."""
+    cells = np.floor(points[:, :2] / cell + 0.5).astype(int)
+    low = cells.min(0)
+    under = np.full(cells.max(0) - low + 1, np.inf)
+    np.minimum.at(under, tuple((cells - low).T), points[:, 2])
+    covered = np.isfinite(under)
+    return np.argwhere(covered) + low, under[covered]
+
+
+@numba.njit(cache=True)
+def rest(cells, under, surface, spots):
+    """(n,) heights at which something of `columns` (cells, under) touches the height map `surface`, at each of the spots (n, 2) int."""
+    heights = np.full(len(spots), -np.inf)
+    for s in range(len(spots)):
+        for c in range(len(cells)):
+            i = min(max(spots[s, 0] + cells[c, 0], 0), surface.shape[0] - 1)
+            j = min(max(spots[s, 1] + cells[c, 1], 0), surface.shape[1] - 1)
+            heights[s] = max(heights[s], surface[i, j] - under[c])
+    return heights
+
+
 def find_drop(
     task: Task,
     data: mujoco.MjData,
@@ -426,20 +455,12 @@ def find_drop(
     scene = height_map(nearby_points(task, data, centre, [body], 0.4), low, size, cell)
 
     def widened(cells):  # a margin on every side
-        width = 2 * cells + 1
-        return sliding_window_view(np.pad(scene, cells, constant_values=-np.inf), (width, width)).max((-1, -2)) if cells else scene
+        return maximum_filter(scene, 2 * cells + 1, mode="constant", cval=-np.inf)
 
-    def rest(points, surface, spots):  # height of the origin at which the points touch the surface, at each of the spots (n, 2)
-        cells, inverse = np.unique(np.floor(points[:, :2] / cell + 0.5).astype(int), axis=0, return_inverse=True)
-        under = np.full(len(cells), np.inf)
-        np.minimum.at(under, inverse.ravel(), points[:, 2])
-        index = np.floor((spots - low) / cell).astype(int)[:, None] + cells[None]
-        return (surface[tuple(np.clip(index, 0, size - 1).transpose(2, 0, 1))] - under).max(1)
-
-    middle, wide = centre[None, :2], widened(2)
+    middle, wide = np.floor((centre[None, :2] - low) / cell).astype(int), widened(2)
     aim = centre[:2] if crowded is None else crowded
-    if crowded is None and rest(cargo, wide, middle)[0] < usual + 0.01:
-        height = rest(hand, wide, middle)[0] - 0.01  # to which the hand can come down
+    if crowded is None and rest(*columns(cargo, cell), wide, middle)[0] < usual + 0.01:
+        height = rest(*columns(hand, cell), wide, middle)[0] - 0.01  # to which the hand can come down
         if len(task.goal) > 1 or predicate.kind == "under":  # it has to be put down, not just be inside once
             height = usual if height < usual else np.inf
         if slack(predicate, centre, frame, np.array([[*centre[:2], max(usual, height)]]))[0] > 0.0:
@@ -450,13 +471,15 @@ def find_drop(
     parent = data.xmat[task.model.site_bodyid[predicate.site]].reshape(3, 3)
     now = math.atan2(turn[1, 0], turn[0, 0])
     square = [k * math.pi / 2 + math.atan2(parent[1, 0], parent[0, 0]) - now for k in range(4)]  # aligned with what carries the region
+    index, ways = np.floor((spots - low) / cell).astype(int), []
+    for angle in [0.0, *((a + math.pi) % (2 * math.pi) - math.pi for a in square)]:
+        spin = axis_rotation(UP, angle)
+        thing, holder = columns(cargo @ spin.T, cell), columns(hand @ spin.T, cell)
+        ways.append((angle, spin, thing, holder, rest(*thing, scene, index)))
     for surface in (wide, widened(1), scene):
         best = None
-        for angle in [0.0, *((a + math.pi) % (2 * math.pi) - math.pi for a in square)]:
-            spin = axis_rotation(UP, angle)
-            thing, holder = cargo @ spin.T, hand @ spin.T
-            touch = rest(thing, scene, spots)
-            z = np.maximum(rest(thing, surface, spots), rest(holder, surface, spots)) + 0.004
+        for angle, spin, thing, holder, touch in ways:
+            z = np.maximum(rest(*thing, surface, index), rest(*holder, surface, index)) + 0.004
             origins = np.column_stack([spots, z])
             inside = slack(predicate, centre, frame, origins)
             cost = np.linalg.norm(spots - aim, axis=1) + 0.06 * abs(angle) + 2.0 * np.maximum(z - touch - 0.01, 0.0)
@@ -605,13 +628,12 @@ class PickPlace:
         """A skill, planned from a state, for every combination of a way to take hold and a path."""
         skills, usable = [], 0
         for name in cls.order(holds):
-            new = [cls(task, predicate, {"grasp": name, "path": path}) for path in paths_to(UP)]
+            first = cls(task, predicate, {"grasp": name, "path": PATHS[0]})
             try:
-                for skill in new:
-                    skill.plan(data, holds)
+                first.plan(data, holds)
             except PlanError:
                 continue
-            skills, usable = skills + new, usable + 1
+            skills, usable = skills + [first._along(path) for path in paths_to(UP)], usable + 1
             if usable == 6:
                 break
         return skills
@@ -668,6 +690,12 @@ class PickPlace:
         enclosed = len(np.unique(np.floor(np.arctan2(walls[:, 1], walls[:, 0]) / (math.pi / 2) + 0.5) % 4)) > 2
         if enclosed or origin[2] - self.target(data)[2] > 0.03:  # out of what it stands in, before it goes sideways
             self.lift = float(np.clip(walls[:, 2].max(initial=0.0) - self.bottom + 0.02, 0.05, 0.12))
+
+    def _along(self, path: str) -> PickPlace:
+        """The same plan, by another path."""
+        other = copy.copy(self)
+        other.factors, other.path, other.reach = {**self.factors, "path": path}, detour(path, self.out), detour(path, self.side)
+        return other
 
     def _frame(self, data: mujoco.MjData) -> np.ndarray:
         return data.site_xmat[self.predicate.site].reshape(3, 3)

@@ -780,7 +780,8 @@ class LiberoWarpEnv(LiberoEnv):
             self._check_contacts()
             return self._out(self._obs), {"state_index": self._out(self._memory.state_index)}
 
-    def step(self, actions):
+    def step(self, actions, active: np.ndarray | None = None):
+        """As `LiberoVectorEnv.step`, but that all worlds move: Warp's go in step, so nothing is saved by `active`."""
         with self.on_device():
             self._take_actions(actions)
             if self._graph is None:

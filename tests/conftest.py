@@ -46,7 +46,7 @@ def demos(drawer_task, tmp_path_factory) -> Path:
     strategies = [demonstrator.Strategy("one way", ways[0]), demonstrator.Strategy("another", other)]
     queue = [demonstrator.Attempt((k, s), strategies[s], [s, k], None) for k in range(13) for s in range(2)][::-1]
     done = demonstrator.perform(drawer_task, lambda: queue.pop() if queue else None, 0.1, 8)
-    done = sorted(((key, episode) for key, episode in done if episode.success), key=lambda row: row[0])
+    done = sorted(((attempt.key, episode) for attempt, episode in done if episode.success), key=lambda row: row[0])
     chosen = [[episode for (_, way), episode in done if way == s][:10] for s in range(2)]
     for s, episodes in enumerate(chosen):
         for episode in episodes:

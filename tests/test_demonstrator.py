@@ -152,6 +152,15 @@ def test_a_drop_clears_the_walls_around_it(drawer_task):
     assert not skills.inside_solids(model, data, others, cargo @ turn.T + origin, 0.0)
 
 
+def test_things_come_to_rest_on_a_height_map():
+    rng = np.random.default_rng(0)
+    cells, under = skills.columns(box((0.011, 0.02, 0.015)), CELL)
+    assert (under == -0.015).all() and len(cells) == len(np.unique(cells, axis=0)) == 7 * 11
+    surface, spots = rng.uniform(0.0, 0.1, (40, 40)), rng.integers(10, 30, (20, 2))
+    expected = [surface[i - 3 : i + 4, j - 5 : j + 6].max() + 0.015 for i, j in spots]
+    np.testing.assert_array_equal(skills.rest(cells, under, surface, spots), expected)
+
+
 def test_what_is_closed_is_opened_first_and_closed_last(drawer_task):
     model, data = drawer_task.model, mujoco.MjData(drawer_task.model)
     data.qpos[:] = drawer_task.init_states[0, 1 : 1 + model.nq]
@@ -234,6 +243,22 @@ def test_collected_sets_are_kept_and_a_damaged_one_is_made_again(pulling, monkey
     np.testing.assert_array_equal(load_or_collect(pulling, 1, progress=False)[0].actions, first[0].actions)
 
 
+@pytest.mark.parametrize("outcomes, passed", [("1111", True), ("110111", True), ("0111011", False), ("00", False), ("011111", True)])
+def test_a_rehearsal_ends_as_soon_as_its_outcome_is_known(outcomes, passed):
+    trials = {"way": demonstrator.Trials(PULL)}
+    under_way = []
+    for outcome in outcomes:
+        while (attempt := demonstrator.next_trial(trials)) is not None:
+            under_way.append(attempt)
+        assert 1 <= len(under_way) <= 2 and not trials["way"].passed()
+        assert [a.seed[0] for a in under_way] == list(range(trials["way"].ended, trials["way"].begun))
+        trials[under_way.pop(0).key].record(outcome == "1")
+        if trials["way"].failures > 1:
+            break
+    assert trials["way"].passed() == passed and trials["way"].missing() == 0
+    assert demonstrator.next_trial(trials) is None
+
+
 def test_rehearsal_of_several_steps_finds_the_choice_that_is_to_blame(drawer_task, monkeypatch):
     """Episodes are made up: they fail at the first step with one contact, and at the second with two of the grasps."""
     task = dataclasses.replace(drawer_task, goal=[put_down(drawer_task, "contain", "wooden_cabinet_1_top_region")])
@@ -251,7 +276,7 @@ def test_rehearsal_of_several_steps_finds_the_choice_that_is_to_blame(drawer_tas
             made.append(factors)
             wrong = [factors["step 1 contact"] in bad[0], factors["step 2 grasp"] in bad[1]]
             attempt.stage = wrong.index(True) if any(wrong) else 1
-            yield attempt.key, SimpleNamespace(success=not any(wrong))
+            yield attempt, SimpleNamespace(success=not any(wrong))
 
     monkeypatch.setattr(demonstrator, "perform", perform)
     found = demonstrator._rehearse_steps(task, steps, data)
@@ -261,7 +286,7 @@ def test_rehearsal_of_several_steps_finds_the_choice_that_is_to_blame(drawer_tas
     assert len(made) < 160
 
     def fail(task, next_attempt, *args):
-        return ((attempt.key, SimpleNamespace(success=False)) for attempt in iter(next_attempt, None))
+        return ((attempt, SimpleNamespace(success=False)) for attempt in iter(next_attempt, None))
 
     monkeypatch.setattr(demonstrator, "perform", fail)
     with pytest.raises(UserError, match="most attempts end at open"):

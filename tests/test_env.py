@@ -262,6 +262,25 @@ def test_reset_mask_leaves_the_others(drawer_task):
     np.testing.assert_array_equal(obs, observe_states(drawer_task, after))
 
 
+def test_only_active_environments_move(drawer_task):
+    env, full = (make_env(drawer_task, 3, max_steps=3, autoreset_mode=AutoresetMode.DISABLED) for _ in range(2))
+    actions, active = random_actions(3, 4), np.array([True, False, True])
+    for e in (env, full):
+        e.reset(options={"init_state": [0, 1, 2]})
+    still = env.get_state()[1]
+    for action in actions[:3]:
+        obs, _, _, truncated, _ = env.step(action, active)
+        expected, *_ = full.step(action)
+        np.testing.assert_array_equal(obs[active], expected[active])
+        np.testing.assert_array_equal(env.get_state()[active], full.get_state()[active])
+        np.testing.assert_array_equal(env.get_state()[1], still)
+    assert truncated.tolist() == [True, False, True]  # the time of the one that stood still stood still, too
+    assert not env.step(actions[3], ~active)[3][1]
+    before = env.get_state()
+    env.step(actions[3], np.zeros(3, bool))
+    np.testing.assert_array_equal(env.get_state(), before)
+
+
 def test_num_envs_and_threads_change_nothing(drawer_task):
     actions = random_actions(6, 15)
     runs = []
