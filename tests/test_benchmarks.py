@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import mujoco
 import numpy as np
 import pytest
 from test_gaussian_ppo import refused
 
-from benchmarks import fidelity, throughput
+from benchmarks import demonstrator, fidelity, throughput
 from common.cli import UserError
 from common.demonstrator import SKILLS, Strategy
 from common.env import make_env
@@ -31,6 +33,35 @@ def test_report_of_backends():
     assert lines[2] == "| libero_goal/0 | scripted | 200 | 99.0% | 98.5% | -0.5 (-3.0 to +2.0) |"
     assert lines[-1] == "Differences of more than 3 points: libero_90/9 (run)."
     assert fidelity.report_backends(rows[:1]).endswith("3 points: none.")
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_strategies_take_turns_over_the_init_states(drawer_task, assets, monkeypatch, each):
+    """Episodes are made up: the second of three strategies always fails."""
+    tried = []
+
+    def perform(task, next_attempt, noise, num_envs):
+        for attempt in iter(next_attempt, None):
+            tried.append((attempt.key, attempt.init_state))
+            yield attempt, SimpleNamespace(success=attempt.key != 1, length=100 + attempt.key)
+
+    monkeypatch.setattr(demonstrator, "strategies", lambda task: [Strategy(name, {}) for name in "abc"])
+    monkeypatch.setattr(demonstrator, "perform", perform)
+    row = demonstrator.measure("libero_goal/0", assets, 5, each, 0.1, 0)
+    states = [0, 10, 20, 30, 40]
+    assert tried == ([(s, i) for i in states for s in range(3)] if each else list(zip([0, 1, 2, 0, 1], states, strict=True)))
+    assert row["success_rate"] == pytest.approx(2 / 3 if each else 3 / 5) and row["episodes"] == len(tried)
+    assert [s["success_rate"] for s in row["strategies"]] == [1.0, 0.0, 1.0]
+    assert [s["mean_length"] for s in row["strategies"]] == [100.0, None, 102.0]
+    failed = dict(row, task="libero_10/0", success_rate=0.0, mean_length=None, strategies=[], error="libero_10/0: no way")
+    lines = demonstrator.table([row, dict(row, task="libero_goal/1", success_rate=0.8), failed]).splitlines()
+    mean = (row["success_rate"] + 0.8) / 2
+    assert lines[2:5] == [
+        f"| libero_goal | 2 | 1 | {100 * mean:.1f} % |",
+        "| libero_10 | 1 | 0 | 0.0 % |",
+        f"| all | 3 | 1 | {100 * mean * 2 / 3:.1f} % |",
+    ]
+    assert lines[-1] == "- libero_10/0: no way" and sum(" b | 0 % |  |" in line for line in lines) == 2
 
 
 @needs_warp
