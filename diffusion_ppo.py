@@ -121,7 +121,7 @@ class Args:
     """environment steps of PPO"""
     num_steps: int = 128
     """steps an environment takes between updates"""
-    gamma: float = 0.99
+    gamma: float = 0.997
     """discount: success at step T is worth gamma^(T-1)"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
