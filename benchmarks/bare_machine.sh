@@ -42,7 +42,7 @@ du -sh "$work/venv" | sed 's/^/== /'
 [ $failed = 0 ] || exit 1
 quick_job= quick_tests=
 if [ "${QUICK:-0}" = 1 ]; then
-    quick_job=' --num-demos 16 --learn-epochs 40 --total-steps 16384 --eval-episodes 3 --corpus-episodes 1'
+    quick_job=' --total-steps 8192 --eval-episodes 3 --corpus-episodes 1'
     quick_tests=' tests/test_standins.py tests/test_render.py'
 fi
 step job "$install && python dlr_discover.py --num-patterns 8$quick_job"
