@@ -136,7 +136,7 @@ class Args:
     """PPO's clip range"""
     std_start: float = 0.15
     """standard deviation of the policy when Reinforce begins, in units of the action range"""
-    std_end: float = 0.08
+    std_end: float = 0.04
     """and when it ends (geometric schedule): evaluation and the corpus take the mean action, so training must come near it"""
     max_grad_norm: float = 0.5
     """gradients are clipped to this norm"""
