@@ -18,6 +18,7 @@ import hashlib
 import heapq
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +47,7 @@ from common.skills import (
     Hand,
     PickPlace,
     PlanError,
+    ramp,
     rotation_vector,
 )
 from common.tasks import SUITES, Predicate, Task, load_task, resolve, task_names
@@ -63,6 +65,7 @@ class Strategy:
 
 MAX_STRATEGIES = 8
 REHEARSALS = 6  # training states on which a strategy may fail once; if none of the first four fails, that is enough
+STRETCHED = -0.65, -0.45  # rad of the elbow (its range ends at -0.07): where stretching the arm begins to be avoided, and is
 PATIENCE = 20  # control steps that a demonstrator waits for things to come to rest
 ROUNDS = 6  # of rehearsals of a task of several steps
 _strategies: dict[tuple[str, str], list[Strategy]] = {}
@@ -305,6 +308,19 @@ class Demonstrator:
         self.waited = 0  # control steps
         self.failed = False  # set when no plan was found, or the hand is stuck
         self._trail: list[np.ndarray] = []
+        self._arm = [int(np.flatnonzero(task.model.jnt_qposadr == address)[0]) for address in task.arm_qpos]
+
+    def _within_reach(self, flow: np.ndarray, twist: np.ndarray, data: mujoco.MjData) -> tuple[np.ndarray, np.ndarray]:
+        """A displacement and a turn that do not stretch the arm out: it could not be bent again.
+
+        With a straight elbow the controller's torques for a turn overcome those for a displacement, and hold the elbow at its stop.
+        """
+        stretched = ramp(data.qpos[self.task.arm_qpos[3]], *STRETCHED)
+        if stretched == 0.0:
+            return flow, twist
+        outward = data.xanchor[self._arm[5]] - data.xanchor[self._arm[1]]  # from the shoulder to the wrist
+        outward /= math.sqrt(outward @ outward)
+        return flow - stretched * (max(0.0, flow @ outward) + 0.02) * outward, twist * (1.0 - stretched)
 
     def _unsettled(self, data: mujoco.MjData) -> bool:
         """Whether things are still falling: some of LIBERO's start high up in the air."""
@@ -356,9 +372,10 @@ class Demonstrator:
         if len(self._trail) % 30 == 0:  # giving up is the only thing that looks back
             self.failed = bool(np.ptp(self._trail[-30:], axis=0).max() < 0.01)
         action = self.noise * self.rng.standard_normal(7)
+        flow, twist = self._within_reach(flow, rotation_vector(turn @ rotation.T), data)
         flow *= GAIN / 0.05
         action[:3] += flow * (SPEED / max(SPEED, np.abs(flow).max()))
-        twist = rotation_vector(turn @ rotation.T) * (TURN_GAIN / 0.5)
+        twist = twist * (TURN_GAIN / 0.5)
         action[3:6] += twist * (TURN_SPEED / max(TURN_SPEED, np.abs(twist).max()))
         np.clip(action, -1.0, 1.0, out=action)
         action[6] = gripper

@@ -451,7 +451,7 @@ def axis_angle(quat_wxyz: np.ndarray) -> np.ndarray:
     """Axis-angle vector of a unit quaternion as robosuite's `quat2axisangle` gives it: angle 2 acos(w), in [0, 2 pi]."""
     w = float(np.clip(quat_wxyz[0], -1.0, 1.0))
     norm = np.sqrt(1.0 - w * w)
-    return np.zeros(3) if np.isclose(norm, 0.0) else np.asarray(quat_wxyz[1:]) * (2.0 * np.arccos(w) / norm)
+    return np.zeros(3) if norm <= 1e-8 else np.asarray(quat_wxyz[1:]) * (2.0 * np.arccos(w) / norm)
 
 
 # ---------------------------------------------------------------------------------------------- the environment

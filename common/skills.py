@@ -683,6 +683,9 @@ class PickPlace:
         target = self.target(data)
         there = nearby_points(self.task, data, target, [self.object.body], 0.3)
         there = there[np.linalg.norm((there - target)[:, :2], axis=1) < 0.14]
+        tall = there[:, 2].max(initial=-np.inf) - target[2] - self.bottom + 0.03
+        if self.predicate.kind == "ontop" and tall > self.CARRY[0]:  # something beside it is in the way of all but a straight descent
+            self.carry = (min(tall, 0.30), 0.03)
         usual = target[2] + (self.grasp.position - origin)[2] + 0.11
         self.level = min(max(usual, there[:, 2].max(initial=-np.inf) + 0.12), usual + 0.20)  # to rise to before what comes next
         walls = nearby_points(self.task, data, origin, [self.object.body], 0.2) - origin
@@ -823,7 +826,7 @@ class PickPlace:
         if self.lift and moved[2] < self.lift and moved[0] * moved[0] + moved[1] * moved[1] < 0.05**2:
             return 0.05 * UP - 0.5 * moved * (1.0, 1.0, 0.0), self.grasp.rotation, CLOSE
         if self.place is None:
-            return come_in(place, UP, self.path, *self.CARRY), self.grasp.rotation, CLOSE
+            return come_in(place, UP, self.path, *self.carry), self.grasp.rotation, CLOSE
         turn, goal = data.xmat[self.object.body].reshape(3, 3), self._frame(data) @ self.place.rotation
         ready = ramp(0.5 * (np.vdot(turn, goal) - 1.0), 0.955, 0.99)
         free = math.sqrt(moved @ moved) > 0.05

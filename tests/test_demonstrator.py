@@ -161,6 +161,21 @@ def test_things_come_to_rest_on_a_height_map():
     np.testing.assert_array_equal(skills.rest(cells, under, surface, spots), expected)
 
 
+def test_what_is_put_beside_something_tall_comes_straight_down(drawer_task):
+    model, data, objects = drawer_task.model, mujoco.MjData(drawer_task.model), drawer_task.objects
+    bowl, plate, bottle = (objects[name] for name in ("akita_black_bowl_1", "plate_1", "wine_bottle_1"))
+    p = Predicate("on", (bowl.name, plate.name), "ontop", body=bowl.body, target_body=plate.body)
+    for beside in (False, True):
+        data.qpos[:] = drawer_task.init_states[0, 1 : 1 + model.nq]
+        data.qpos[plate.joint_qpos + 1] += 0.08  # away from the cabinet
+        if beside:
+            data.qpos[bottle.joint_qpos : bottle.joint_qpos + 2] = data.qpos[plate.joint_qpos : plate.joint_qpos + 2] + (0.0, 0.12)
+        mujoco.mj_kinematics(model, data)
+        skill = PickPlace(drawer_task, p, {"grasp": "left", "path": "direct"})
+        skill.plan(data)
+        assert skill.carry[0] > 0.15 if beside else skill.carry == PickPlace.CARRY
+
+
 def test_what_is_closed_is_opened_first_and_closed_last(drawer_task):
     model, data = drawer_task.model, mujoco.MjData(drawer_task.model)
     data.qpos[:] = drawer_task.init_states[0, 1 : 1 + model.nq]
@@ -214,6 +229,22 @@ def test_an_action_is_a_function_of_the_state(pulling):
         if k == 11:  # the other one has not seen what came between
             np.testing.assert_array_equal(action, two.act(env.data[0]))
         env.step(action[None])
+
+
+def test_a_stretched_arm_is_drawn_in_and_not_turned(pulling):
+    data = mujoco.MjData(pulling.model)
+    data.qpos[pulling.arm_qpos] = pulling.initial_joints
+    mujoco.mj_kinematics(pulling.model, data)
+    attempt, flow, twist = Demonstrator(pulling, PULL), np.array([0.1, 0.0, 0.02]), np.array([0.0, 0.5, 0.0])
+    same = attempt._within_reach(flow, twist, data)
+    assert same[0] is flow and same[1] is twist
+    data.qpos[pulling.arm_qpos[1]], data.qpos[pulling.arm_qpos[3]] = 1.3, -0.1
+    mujoco.mj_kinematics(pulling.model, data)
+    drawn_in, turned = attempt._within_reach(flow, twist, data)
+    outward = data.xanchor[attempt._arm[5]] - data.xanchor[attempt._arm[1]]
+    outward /= np.linalg.norm(outward)
+    assert not turned.any() and flow @ outward > 0.05 and drawn_in @ outward == pytest.approx(-0.02)
+    np.testing.assert_allclose(np.cross(drawn_in, outward), np.cross(flow, outward), atol=1e-12)  # sideways it is free
 
 
 def test_a_way_that_does_not_exist_fails_and_is_reported(pulling, monkeypatch):
