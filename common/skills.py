@@ -434,15 +434,17 @@ def find_drop(
     hand: np.ndarray,
     turn: np.ndarray,
     usual: float,
-    finger: np.ndarray,
+    grip: np.ndarray,
     crowded: np.ndarray | None = None,
 ):
     """Where an object that is held can be let down, straight from above, so that it lies in or on a region.
 
+    What would stand higher than the region, as a bottle in a drawer, is leaned over.
+
     Args:
         cargo, hand: (n, 3) points of the object and of the hand that holds it, relative to the object's origin, as they are now.
         turn: (3, 3) of the object now. usual: height of the origin if it is put down in the middle of the region.
-        finger: (3,) the axis along which the fingers move: as in `top_grasps`, the wrist is not to be turned too far.
+        grip: (3, 3) of the hand now: as in `top_grasps`, the wrist is not to be turned too far.
         crowded: (2,) the point to stay near, if other things have to go to the same region and the middle is not to be taken.
 
     Returns None if the middle is as good a place as any, as it is turned now; else (origin, rotation of the object).
@@ -471,11 +473,16 @@ def find_drop(
     parent = data.xmat[task.model.site_bodyid[predicate.site]].reshape(3, 3)
     now = math.atan2(turn[1, 0], turn[0, 0])
     square = [k * math.pi / 2 + math.atan2(parent[1, 0], parent[0, 0]) - now for k in range(4)]  # aligned with what carries the region
-    index, ways = np.floor((spots - low) / cell).astype(int), []
-    for angle in [0.0, *((a + math.pi) % (2 * math.pi) - math.pi for a in square)]:
-        spin = axis_rotation(UP, angle)
+    index = np.floor((spots - low) / cell).astype(int)
+
+    def turned(spin, angle):
         thing, holder = columns(cargo @ spin.T, cell), columns(hand @ spin.T, cell)
-        ways.append((angle, spin, thing, holder, rest(*thing, scene, index)))
+        return angle, spin, thing, holder, rest(*thing, scene, index)
+
+    ways = [turned(axis_rotation(UP, a), a) for a in (0.0, *((a + math.pi) % (2 * math.pi) - math.pi for a in square))]
+    if predicate.kind == "contain" and all(slack(predicate, centre, frame, np.column_stack([spots, w[-1]])).max() < 0.0 for w in ways):
+        spins = [pose @ grip.T for pose in _leaning(grip)]
+        ways = [turned(spin, math.sqrt(v @ v)) for spin in spins for v in [rotation_vector(spin)]]
     for surface in (wide, widened(1), scene):
         best = None
         for angle, spin, thing, holder, touch in ways:
@@ -487,7 +494,7 @@ def find_drop(
                 cost += 3.0 * np.maximum(0.027 - inside, 0.0) + touch - touch[np.isfinite(touch)].min(initial=0.0)
             cost += 3.0 * np.maximum(0.015 - inside, 0.0) + np.where((inside > 0.003) & np.isfinite(z), 0.0, np.inf)
             k = int(np.argmin(cost))
-            cost = cost + WRIST * (spin[1] @ finger < -0.1)
+            cost = cost + WRIST * (spin[1] @ grip[:, 0] < -0.1)
             if np.isfinite(cost[k]) and (best is None or cost[k] < best[0]):
                 best = cost[k], origins[k], spin @ turn
         if best is not None:
@@ -563,6 +570,16 @@ def _hand_turns(grip: np.ndarray, out: np.ndarray) -> list[np.ndarray]:
         approach = -out * math.sin(math.radians(lean)) - UP * math.cos(math.radians(lean))
         side = np.cross(UP, out)
         turns += [hand_rotation(f, approach) for f in (side, -side, np.cross(side, approach), -np.cross(side, approach))]
+    return turns
+
+
+def _leaning(grip: np.ndarray) -> list[np.ndarray]:
+    """Ways to lean the hand over, to lay down what it holds: in five directions, not back toward the robot."""
+    turns = []
+    for way in (axis_rotation(UP, k * math.pi / 4) @ DIRECTIONS["far"] for k in (0, 1, 2, -1, -2)):
+        side = np.cross(UP, way)
+        side *= 1.0 if side @ grip[:, 0] > 0.0 else -1.0
+        turns += [hand_rotation(side, way * math.sin(lean) - UP * math.cos(lean)) for lean in np.radians([50.0, 65.0, 80.0])]
     return turns
 
 
@@ -709,7 +726,7 @@ class PickPlace:
         hand = hand_points() @ grip.T + self.grasp.position - self.start
         try:
             crowded = self.start[:2] if sum(q.body >= 0 and q.site == p.site for q in self.task.goal) > 1 else None
-            if (spot := find_drop(self.task, data, p, cargo, hand, self.turn, self.target(data)[2], grip[:, 0], crowded)) is None:
+            if (spot := find_drop(self.task, data, p, cargo, hand, self.turn, self.target(data)[2], grip, crowded)) is None:
                 return None
             (position, rotation), out = spot, UP
             parent = model.body_rootid[model.site_bodyid[p.site]]

@@ -137,12 +137,16 @@ def test_a_drop_clears_the_walls_around_it(drawer_task):
     data.qpos[:] = drawer_task.init_states[0, 1 : 1 + model.nq]
     (joint,) = drawer_task.sites["wooden_cabinet_1_top_region"].joints
     cargo, hand = box((0.05, 0.03, 0.02)), box((0.01, 0.01, 0.05), (0.0, 0.0, 0.09))
+    grip = hand_rotation(DIRECTIONS["left"], -UP)
     mujoco.mj_kinematics(model, data)
     with pytest.raises(skills.PlanError):  # closed: the cabinet is above it
-        find_drop(drawer_task, data, p, cargo, hand, np.eye(3), data.site_xpos[p.site][2], DIRECTIONS["left"])
+        find_drop(drawer_task, data, p, cargo, hand, np.eye(3), data.site_xpos[p.site][2], grip)
     data.qpos[model.jnt_qposadr[joint]] = model.jnt_range[joint][0]
     mujoco.mj_kinematics(model, data)
-    found = find_drop(drawer_task, data, p, cargo, hand, np.eye(3), 0.0, DIRECTIONS["left"])
+    tall, holder = box((0.018, 0.018, 0.07)), box((0.02, 0.02, 0.04), (0.0, 0.0, 0.12))
+    origin, turn = find_drop(drawer_task, data, p, tall, holder, np.eye(3), 0.0, grip)  # leaned over: it would stand too high
+    assert slack(p, data.site_xpos[p.site], data.site_xmat[p.site].reshape(3, 3), origin[None])[0] > 0.0 and 0.1 < turn[2, 2] < 0.7
+    found = find_drop(drawer_task, data, p, cargo, hand, np.eye(3), 0.0, grip)
     origin, turn = found
     centre, frame = data.site_xpos[p.site], data.site_xmat[p.site].reshape(3, 3)
     assert slack(p, centre, frame, origin[None])[0] > 0.0
