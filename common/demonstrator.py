@@ -314,9 +314,10 @@ class Demonstrator:
         """A displacement and a turn that do not stretch the arm out: it could not be bent again.
 
         With a straight elbow the controller's torques for a turn overcome those for a displacement, and hold the elbow at its stop.
+        Only where the way leads that far out by its nature: what is taken or pulled near the limit is better reached than avoided.
         """
         stretched = ramp(data.qpos[self.task.arm_qpos[3]], *STRETCHED)
-        if stretched == 0.0:
+        if stretched == 0.0 or not (self.steps and self.steps[self.stage].skill.far_out):
             return flow, twist
         outward = data.xanchor[self._arm[5]] - data.xanchor[self._arm[1]]  # from the shoulder to the wrist
         outward /= math.sqrt(outward @ outward)

@@ -626,6 +626,7 @@ class PickPlace:
         self.task, self.predicate = task, predicate
         self.object = next(o for o in task.objects.values() if o.body == predicate.body)
         self.factors, self.path = factors, detour(factors["path"], UP)
+        self.far_out = factors["grasp"].startswith("push")  # the hand may have to go as far as the arm can reach
         self.grasp: Grasp | None = None
 
     @staticmethod
@@ -1002,6 +1003,7 @@ class Articulate:
         address = predicate.qpos[0]
         self.joint = int(np.flatnonzero(task.model.jnt_qposadr == address)[0])
         self.slide = task.model.jnt_type[self.joint] == mujoco.mjtJoint.mjJNT_SLIDE
+        self.far_out = False  # as in PickPlace; a door's edge is
         self.contact: Contact | None = None
         self.second: Articulate | None = None  # for a door that is ajar
 
@@ -1032,7 +1034,7 @@ class Articulate:
         self.start = float(data.qpos[self.predicate.qpos[0]])
         self.path = detour(self.factors["path"], self.contact.out)
         arm = (self.contact.position - data.xanchor[self.joint])[:2]
-        self.door = not self.slide and math.hypot(*arm) > 0.1
+        self.door = self.far_out = not self.slide and math.hypot(*arm) > 0.1
 
     def leave(self, data: mujoco.MjData, hand: Hand) -> tuple[np.ndarray, np.ndarray, float] | None:
         """Let go and move away, until nothing is in the way of what comes next: then None."""

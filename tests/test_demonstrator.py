@@ -240,11 +240,14 @@ def test_a_stretched_arm_is_drawn_in_and_not_turned(pulling):
     data.qpos[pulling.arm_qpos] = pulling.initial_joints
     mujoco.mj_kinematics(pulling.model, data)
     attempt, flow, twist = Demonstrator(pulling, PULL), np.array([0.1, 0.0, 0.02]), np.array([0.0, 0.5, 0.0])
+    attempt.steps = [demonstrator.Step(pulling.goal[0], SimpleNamespace(far_out=True))]
     same = attempt._within_reach(flow, twist, data)
     assert same[0] is flow and same[1] is twist
     data.qpos[pulling.arm_qpos[1]], data.qpos[pulling.arm_qpos[3]] = 1.3, -0.1
     mujoco.mj_kinematics(pulling.model, data)
     drawn_in, turned = attempt._within_reach(flow, twist, data)
+    attempt.steps[0].skill.far_out = False
+    assert attempt._within_reach(flow, twist, data)[0] is flow
     outward = data.xanchor[attempt._arm[5]] - data.xanchor[attempt._arm[1]]
     outward /= np.linalg.norm(outward)
     assert not turned.any() and flow @ outward > 0.05 and drawn_in @ outward == pytest.approx(-0.02)
