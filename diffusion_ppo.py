@@ -121,14 +121,14 @@ class Args:
     """environment steps of PPO"""
     num_steps: int = 128
     """steps an environment takes between updates"""
-    gamma: float = 0.997
+    gamma: float = 0.99
     """discount: success at step T is worth gamma^(T-1)"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
     actor_lr: float = 3e-5
     """learning rate of the policy"""
-    anneal_lr: bool = True
-    """the policy's learning rate falls linearly to 0: late in training, when most episodes succeed, updates are mostly noise"""
+    anneal_lr: bool = False
+    """let the policy's learning rate fall linearly to 0"""
     critic_lr: float = 1e-3
     """learning rate of the value function"""
     update_epochs: int = 5
