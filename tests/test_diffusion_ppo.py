@@ -597,7 +597,7 @@ def test_roll_out_tells_a_policy_of_new_episodes(drawer_task):
 
     env = make_env(drawer_task, 2, max_steps=3, autoreset_mode=AutoresetMode.DISABLED, seed=0)
     episodes = rollout.roll_out(env, Idle(), [(0, 0), (0, 1), (0, 2)], lambda e: None)
-    assert calls == [[0, 1], [0, 1], [0, 1]] and [isinstance(e, Episode) and e.length for e in episodes] == [3, 3, 3]
+    assert calls == [[0, 1], [0, 1], [0]] and [isinstance(e, Episode) and e.length for e in episodes] == [3, 3, 3]
 
 
 def test_whole_job_killed_and_resumed_is_as_if_never_stopped(demos, tmp_path, drawer_task):
