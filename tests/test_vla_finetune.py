@@ -33,8 +33,8 @@ def official(drawer_task) -> dict[int, object]:
     skill = demonstrator.SKILLS[goal.name]
     way = skill.repertoire(drawer_task, goal, env.data[0], skill.holds(drawer_task, goal, env.data[0]))[0].factors
     queue = [demonstrator.Attempt(i, demonstrator.Strategy("a way", way), [0, i], i) for i in (2, 0)]
-    done = dict(demonstrator.perform(drawer_task, lambda: queue.pop() if queue else None, 0.05, 2))
-    found = {i: episode for i, episode in done.items() if episode.success}
+    done = demonstrator.perform(drawer_task, lambda: queue.pop() if queue else None, 0.05, 2)
+    found = {attempt.key: episode for attempt, episode in done if episode.success}
     assert found
     return found
 
