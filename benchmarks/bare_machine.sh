@@ -3,7 +3,7 @@
 # alone, no LIBERO or GL variable, no Hugging Face Hub and no standard input. Prints what each took; fails if either does.
 #
 #     bash benchmarks/bare_machine.sh [python3.11]        # KEEP=1 keeps the folder, INSTALL_ONLY=1 stops after the installation,
-#                                                         # QUICK=1 trains for a minute and runs the tests of stand-ins only (as CI does)
+#                                                         # QUICK=1 trains for a minute and runs the tests of stand-ins and pictures only (as CI does)
 set -euo pipefail
 
 python=${1:-python3}

@@ -303,7 +303,7 @@ def main() -> None:
     features = {name: rollout.path_features(task, episodes) for name, episodes in shown.items()}
     labels = {name: patterns_of(episodes) for name, episodes in shown.items()}
     plots.plot_comparison(args.out / "compare.png", features, labels, task.language)
-    plots.plot_learning_curves(args.out / "curves.png", {n: c.curves for n, c in columns.items() if any(map(len, c.curves))}, task.language)
+    plots.plot_learning_curves(args.out / "curves.png", {n: c.curves for n, c in columns.items() if c.curves}, task.language)
     print(header + text)
 
 

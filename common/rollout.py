@@ -94,10 +94,9 @@ def roll_out(env: LiberoVectorEnv, policy: Policy, jobs: Sequence[tuple[int, int
 
     obs = assign(np.arange(env.num_envs))
     while (current >= 0).any():
-        actions = policy(obs, patterns)
+        actions, idle = policy(obs, patterns), current < 0
         recorder.before()
-        obs, _, terminated, truncated, _ = env.step(actions, current >= 0)
-        idle = current < 0
+        obs, _, terminated, truncated, _ = env.step(actions, ~idle)
         for i, episode in recorder.after(actions, terminated, truncated | idle):  # what idle environments record is cut off and dropped
             if not idle[i]:
                 pattern, init_state = jobs[current[i]]
