@@ -542,11 +542,13 @@ def _sample_train_states(domain, model) -> np.ndarray:
     """Draw resets from LIBERO's placement distribution, arm noise included (0.02 rad, as in the official states).
 
     A reset also jitters fixtures by writing into the model. As with the official init states, only (time, qpos, qvel) is
-    kept, so the fixtures stay where `env.seed(0)` put them.
+    kept, so the fixtures stay where `env.seed(0)` put them. What starts in or on a fixture is placed relative to the fixture's
+    new pose plus the site's position in the model as it was, which LIBERO expects to be freshly compiled: fixtures at home.
     """
     from robosuite.utils.errors import RandomizationError
 
     fixtures = model.body_pos.copy(), model.body_quat.copy()
+    homes = {model.body(f.root_body).id: f.get_obj() for f in domain.fixtures_dict.values()}
     domain.hard_reset = False
     domain.robots[0].initialization_noise = {"type": "gaussian", "magnitude": 0.02}
     states = []
@@ -554,6 +556,9 @@ def _sample_train_states(domain, model) -> np.ndarray:
     while len(states) < NUM_TRAIN_STATES:
         try:
             domain.sim.reset()
+            for body, element in homes.items():
+                model.body_pos[body] = np.fromstring(element.get("pos", "0 0 0"), sep=" ")
+                model.body_quat[body] = np.fromstring(element.get("quat", "1 0 0 0"), sep=" ")
             domain._reset_internal()
         except RandomizationError:  # no free place found for an object: LIBERO draws again
             continue
