@@ -83,6 +83,8 @@ class Training:
     """gradients are clipped to this norm"""
     ema: float = 0.999
     """decay of the moving average of the weights, which is what is validated, kept and evaluated"""
+    flow_draws: int = 4
+    """draws of noise and time for each chunk (flow): the pictures, which cost most, are encoded once for all of them"""
 
 
 @dataclasses.dataclass
@@ -96,7 +98,7 @@ class Args(Training):
     head: str = "flow"
     """flow (conditional flow matching) or tokens (256 bins a dimension, autoregressive)"""
     size: str = "tiny"
-    """tiny (4 M parameters, for CPUs), small (20 M) or base (50 M)"""
+    """tiny (1.5 M parameters, for CPUs), small (20 M) or base (50 M)"""
     chunk: int = 8
     """actions predicted at once"""
     crop: float = 0.94
@@ -110,7 +112,8 @@ class Args(Training):
 def validate(args: Training) -> None:
     """Refuse flag values that cannot work, before anything has begun."""
     rules = [
-        (lambda v: v >= 1, "at least 1", "torch_threads checkpoint_interval eval_interval batch_size accumulate steps chunk max_episodes"),
+        (lambda v: v >= 1, "at least 1", "torch_threads checkpoint_interval eval_interval batch_size accumulate flow_draws"),
+        (lambda v: v >= 1, "at least 1", "steps chunk max_episodes"),
         (lambda v: 0 < v < math.inf, "more than 0", "lr max_grad_norm"),
         (lambda v: 0 <= v < math.inf, "at least 0", "seed num_workers warmup weight_decay"),
         (lambda v: 0 <= v < 1, "at least 0 and less than 1", "ema val_fraction"),
@@ -148,7 +151,7 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(192, 4, 1, 3, 2, (32, 64, 128, 192), (0, 0, 1, 0)),
+    "tiny": Size(128, 4, 1, 2, 2, (32, 64, 96, 128), (0, 0, 0, 0)),
     "small": Size(320, 5, 2, 5, 4, (64, 96, 192, 320), (1, 1, 1, 1)),
     "base": Size(512, 8, 1, 6, 3, (64, 128, 256, 512), (1, 2, 2, 2)),
 }
@@ -184,7 +187,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """A pre-norm transformer layer; with `cross`, it also attends to a context."""
+    """A pre-norm transformer layer; with `cross`, it also attends to a context: x (B * R, N, width), context (B, M, width)."""
 
     def __init__(self, width: int, heads: int, cross: bool = False):
         super().__init__()
@@ -197,7 +200,8 @@ class Layer(nn.Module):
     def forward(self, x, context=None, keep=None, causal=False, cache: dict | None = None):
         x = x + self.attend(self.norm1(x), keep=keep, causal=causal, cache=cache)
         if context is not None:
-            x = x + self.cross(self.norm2(x), context, cache=cache)
+            queries = self.norm2(x).reshape(len(context), -1, x.shape[-1])  # several rows of x may share a context's
+            x = x + self.cross(queries, context, cache=cache).reshape(x.shape)
         return x + self.mlp(self.norm3(x))
 
 
@@ -332,7 +336,7 @@ class FlowHead(nn.Module):
         self.register_buffer("frequencies", 2 * math.pi * 1000 ** torch.linspace(-1, 0, size.width // 2) / 4, persistent=False)
 
     def velocity(self, actions, time, memory, cache: dict | None = None):
-        """v(A_t, t, o): actions (B, chunk, D), time (B,), memory (B, M, width) -> (B, chunk, D)."""
+        """v(A_t, t, o): actions (B * R, chunk, D), time (B * R,), memory (B, M, width) -> (B * R, chunk, D)."""
         phase = time[:, None] * self.frequencies
         time = self.embed_time(torch.cat([phase.sin(), phase.cos()], dim=-1))
         x = torch.cat([self.embed_action(actions), time[:, None].expand(-1, actions.shape[1], -1)], dim=-1)
@@ -342,11 +346,15 @@ class FlowHead(nn.Module):
         return self.out(self.norm(x))
 
     def loss(self, memory, actions, mask, noise, uniform):
-        """Mean squared error of the velocity. actions, noise (B, chunk, D), mask (B, chunk), uniform (B,) in [0, 1)."""
+        """Mean squared error of the velocity at R draws of noise and time for each chunk.
+
+        actions (B, chunk, D), mask (B, chunk), noise (B, R, chunk, D), uniform (B, R) in [0, 1).
+        """
         time = 0.999 * (1 - uniform ** (2 / 3))  # 1 - Beta(1.5, 1): pi0's emphasis on noisy actions
-        t = time[:, None, None]
-        error = self.velocity(t * actions + (1 - t) * noise, time, memory) - (actions - noise)
-        return (error.square() * mask[..., None]).mean()
+        t, actions = time[..., None, None], actions[:, None]
+        noisy = t * actions + (1 - t) * noise
+        velocity = self.velocity(noisy.flatten(0, 1), time.flatten(), memory).reshape(noise.shape)
+        return ((velocity - (actions - noise)).square() * mask[:, None, :, None]).mean()
 
     @torch.no_grad()
     def sample(self, memory, noise, steps: int = 10):
@@ -458,7 +466,7 @@ class VLA(nn.Module):
 
     @torch.no_grad()
     def act(self, images, proprio, tokens, instruction, noise):
-        """Chunks of actions (B, chunk, 7) in [-1, 1], the gripper -1 or 1; noise (B, chunk, 7) as `draws` makes it."""
+        """Chunks of actions (B, chunk, 7) in [-1, 1], the gripper -1 or 1; noise (B, chunk, 7), standard normal."""
         margin = (self.config["image_size"] - self.config["crop"]) // 2
         offsets = torch.full((*images.shape[:2], 2), margin, device=images.device)
         memory = self.encode(images, offsets, proprio, tokens, instruction)
@@ -476,12 +484,12 @@ def crop_images(images: torch.Tensor, offsets: torch.Tensor, side: int) -> torch
     return images[torch.arange(len(images), device=images.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def draws(seed: int, step: int, batch_size: int, chunk: int, margin: int) -> dict[str, torch.Tensor]:
+def draws(seed: int, step: int, batch_size: int, chunk: int, margin: int, flow_draws: int = 1) -> dict[str, torch.Tensor]:
     """All random numbers of a step: they depend on (seed, step) alone, not on what came before or on the number of processes."""
     generator = torch.Generator().manual_seed(seed * 2**40 + step)
     return {
-        "noise": torch.randn(batch_size, chunk, ACTION_SIZE, generator=generator),
-        "uniform": torch.rand(batch_size, generator=generator),
+        "noise": torch.randn(batch_size, flow_draws, chunk, ACTION_SIZE, generator=generator),
+        "uniform": torch.rand(batch_size, flow_draws, generator=generator),
         "crop": torch.randint(margin + 1, (batch_size, len(CAMERAS), 2), generator=generator),
     }
 
@@ -528,7 +536,7 @@ def learning_rate(args: Training, step: int, steps: int) -> float:
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, steps - args.warmup)))
 
 
-def count_flops(model: VLA, tokens: torch.Tensor, size: int, autocast) -> float:
+def count_flops(model: VLA, tokens: torch.Tensor, size: int, flow_draws: int, autocast) -> float:
     """Floating-point operations a sample, forward and backward, counted on an empty batch of `size` samples."""
     side, chunk = model.config["image_size"], model.config["chunk"]
     batch = {
@@ -537,7 +545,7 @@ def count_flops(model: VLA, tokens: torch.Tensor, size: int, autocast) -> float:
         "actions": torch.zeros(size, chunk, ACTION_SIZE),
         "mask": torch.ones(size, chunk),
         "instruction": torch.zeros(size, dtype=torch.long),
-        **draws(0, 0, size, chunk, 0),
+        **draws(0, 0, size, chunk, 0, flow_draws),
     }
     batch = {name: value.to(model.device) for name, value in batch.items()} | {"tokens": tokens}
     with FlopCounterMode(display=False) as counter:
@@ -583,20 +591,20 @@ def train(args: Training, model: VLA, training: list[Corpus], validation: list[C
     size = args.batch_size // (world_size() * args.accumulate)  # samples of a process at a time
     parts = [slice(first := (k * world_size() + rank()) * size, first + size) for k in range(args.accumulate)]
     tokens = model.text.tokenize(chunks.instructions).to(device)
-    flops = count_flops(model, tokens, size, autocast)
+    flops = count_flops(model, tokens, size, args.flow_draws, autocast)
 
     def losses() -> dict[str, float]:
         """Loss and error of the averaged weights on at most 256 held-out samples, always the same."""
         rows = torch.linspace(0, len(held_out) - 1, min(256, len(held_out))).long().unique().tolist()
         total, error, count = 0.0, 0.0, 0.0
         words = model.text.tokenize(held_out.instructions).to(device)
-        numbers = draws(args.seed, 2**40 - 1, len(rows), model.config["chunk"], margin)
+        numbers = draws(args.seed, 2**40 - 1, len(rows), model.config["chunk"], margin, args.flow_draws)
         for first in range(0, len(rows), size):
             part = slice(first, first + size)
             batch = prepare(torch.utils.data.default_collate([held_out[i] for i in rows[part]]), numbers, part, words)
             with torch.no_grad(), autocast():
                 total += average(batch).item() * len(batch["mask"])
-                found = average.act(batch["images"], batch["proprio"], words, batch["instruction"], batch["noise"])
+                found = average.act(batch["images"], batch["proprio"], words, batch["instruction"], batch["noise"][:, 0])
             error += ((found - batch["actions"]).abs().mean(-1) * batch["mask"]).sum().item()
             count += batch["mask"].sum().item()
         return {"losses/validation": total / len(rows), "losses/action_l1": error / count}
@@ -630,7 +638,7 @@ def train(args: Training, model: VLA, training: list[Corpus], validation: list[C
             rate = learning_rate(args, step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            numbers = draws(args.seed, step, args.batch_size, model.config["chunk"], margin)
+            numbers = draws(args.seed, step, args.batch_size, model.config["chunk"], margin, args.flow_draws)
             train_loss = torch.zeros((), device=device)
             for k, part in enumerate(parts):
                 asked = time.time()

@@ -61,9 +61,7 @@ def _count(labels: Sequence[int]) -> tuple[np.ndarray, list[int], list[str]]:
     return np.asarray(labels), patterns.tolist(), [f"{k} ({n})" for k, n in zip(patterns, counts, strict=True)]
 
 
-def plot_paths(
-    path: str | os.PathLike, trajectories: Sequence[np.ndarray], labels: Sequence[int], title: str = ""
-) -> None:
+def plot_paths(path: str | os.PathLike, trajectories: Sequence[np.ndarray], labels: Sequence[int], title: str = "") -> None:
     """Paths over each other in three views: N of (T_i, 3 or more) metres, of which x, y, z are drawn; (N,) patterns.
 
     Thin: every path. Thick: each pattern's mean at equal normalised time, from a circle to a star. The front is where
@@ -241,9 +239,7 @@ def pca(x: np.ndarray, components: int = 2) -> tuple[np.ndarray, np.ndarray]:
     return scores[:, :components], variance[:components] / max(variance.sum(), 1e-300)
 
 
-def plot_map(
-    path: str | os.PathLike, trajectories: Sequence[np.ndarray], labels: Sequence[int], title: str = ""
-) -> None:
+def plot_map(path: str | os.PathLike, trajectories: Sequence[np.ndarray], labels: Sequence[int], title: str = "") -> None:
     """PCA map of N trajectories (T_i, D), a point each, by pattern (N,).
 
     Each is resampled to 50 points of normalised time and flattened; on the map it is divided by sqrt(50), so that

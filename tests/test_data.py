@@ -110,9 +110,7 @@ def test_layout(path):
         assert demo.attrs["num_samples"] == 5 and demo.attrs["model_file"] == TASK.xml
         np.testing.assert_array_equal(demo.attrs["init_state"], truth.states[0], strict=True)
         layout = {}
-        demo.visititems(
-            lambda key, item: layout.update({key: (item.shape, str(item.dtype))} if hasattr(item, "shape") else {})
-        )
+        demo.visititems(lambda key, item: layout.update({key: (item.shape, str(item.dtype))} if hasattr(item, "shape") else {}))
         assert layout == {
             "actions": ((5, 7), "float64"),
             "states": ((5, 1 + NQ + NV), "float64"),
@@ -131,9 +129,7 @@ def test_layout(path):
         np.testing.assert_array_equal(demo["rewards"], [0, 0, 0, 0, 1])
         np.testing.assert_array_equal(demo["dones"], [0, 0, 0, 0, 1])
         np.testing.assert_array_equal(demo["obs/ee_states"][:, 3:], demo["obs/ee_ori"])
-        np.testing.assert_array_equal(
-            demo["obs/agentview_rgb"], truth.images["agentview_rgb"][:, ::-1]
-        )  # bottom row first
+        np.testing.assert_array_equal(demo["obs/agentview_rgb"], truth.images["agentview_rgb"][:, ::-1])  # bottom row first
 
 
 def test_controller_is_robosuites(path):
@@ -158,9 +154,7 @@ def test_human_file(path):
     assert (truth[:, 3] < 0).any() and (truth[:, 3] > 0).any()
     human = read_episodes(path, TASK)[2]
     np.testing.assert_allclose(human.proprio["ee_quat"], truth, atol=1e-14)
-    np.testing.assert_allclose(
-        Rotation.from_rotvec(human.proprio["ee_ori"]).as_matrix(), Rotation.from_quat(truth).as_matrix()
-    )
+    np.testing.assert_allclose(Rotation.from_rotvec(human.proprio["ee_ori"]).as_matrix(), Rotation.from_quat(truth).as_matrix())
     assert human.success is True and human.final_state is None and human.images == {}
     assert human.attrs == {"pattern": -1, "strategy": "", "init_state": -1}
     assert read_attrs(path)["bddl_file_name"] == "open_the_drawer.bddl"

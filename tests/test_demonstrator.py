@@ -47,9 +47,7 @@ def pulling(drawer_task, monkeypatch):
 
 def box(half, centre=(0.0, 0.0, 0.0)):
     """Points on the surface of a box."""
-    model = mujoco.MjModel.from_xml_string(
-        f'<mujoco><worldbody><geom type="box" size="{" ".join(map(str, half))}"/></worldbody></mujoco>'
-    )
+    model = mujoco.MjModel.from_xml_string(f'<mujoco><worldbody><geom type="box" size="{" ".join(map(str, half))}"/></worldbody></mujoco>')
     return skills.surface_points(model, [0])[0][1] + np.asarray(centre)
 
 

@@ -159,7 +159,7 @@ def test_flow_of_a_gaussian_target():
     torch.manual_seed(0)
     mean, std = torch.tensor([[0.5, -0.3]]), torch.tensor([[0.2, 0.6]])  # a chunk of one action of two numbers
     head = FlowHead(1, 2, MICRO)
-    fit(head, lambda n: (mean + std * torch.randn(n, 1, 2), torch.randn(n, 1, 2), torch.rand(n)), steps=600, lr=3e-3)
+    fit(head, lambda n: (mean + std * torch.randn(n, 1, 2), torch.randn(n, 1, 1, 2), torch.rand(n, 1)), steps=600, lr=3e-3)
     memory = torch.zeros(2000, 1, MICRO.width)
     x = torch.randn(2000, 1, 2)
     for t in (0.0, 0.3, 0.7):
@@ -172,6 +172,16 @@ def test_flow_of_a_gaussian_target():
     sample = head.sample(memory, x, steps=50)
     torch.testing.assert_close(sample.mean(0), mean, atol=0.04, rtol=0)
     torch.testing.assert_close(sample.std(0), std, atol=0.05, rtol=0)
+
+
+def test_several_flow_draws_are_a_mean():
+    torch.manual_seed(0)
+    head = FlowHead(3, 2, MICRO)
+    torch.nn.init.normal_(head.out.weight)
+    memory, actions, mask = torch.randn(4, 5, MICRO.width), torch.randn(4, 3, 2), torch.tensor([[1.0, 1, 0]]).repeat(4, 1)
+    noise, uniform = torch.randn(4, 6, 3, 2), torch.rand(4, 6)
+    single = [head.loss(memory, actions, mask, noise[:, i : i + 1], uniform[:, i : i + 1]) for i in range(6)]
+    torch.testing.assert_close(head.loss(memory, actions, mask, noise, uniform), torch.stack(single).mean())
 
 
 def test_tokens_of_a_discrete_task():
@@ -227,7 +237,7 @@ def test_padding_has_no_say(corpus, head):
 @pytest.mark.parametrize("head", ["flow", "tokens"])
 def test_one_batch_can_be_learned_by_heart(corpus, head):
     corpora = read_corpora([corpus])
-    model, chunks, repeat = micro_model(corpora, head), Chunks(corpora, 4), 16
+    model, chunks = micro_model(corpora, head), Chunks(corpora, 4)
     batch = torch.utils.data.default_collate([chunks[i] for i in range(0, len(chunks), len(chunks) // 3)])
     size, tokens = len(batch["mask"]), model.text.tokenize(chunks.instructions)
     middle = torch.ones(size, 2, 2, dtype=torch.long)
@@ -236,14 +246,13 @@ def test_one_batch_can_be_learned_by_heart(corpus, head):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
     for step in range(400):
         memory = model.encode(batch["images"], middle, batch["proprio"], tokens, batch["instruction"])
-        numbers = draws(0, step, repeat * size, 4, 2)  # many noises and times for each sample at once
-        many = [x.repeat(repeat, *[1] * (x.ndim - 1)) for x in (memory, targets, batch["mask"])]
-        loss = model.head.loss(*many, numbers["noise"], numbers["uniform"])
+        numbers = draws(0, step, size, 4, 2, flow_draws=16)
+        loss = model.head.loss(memory, targets, batch["mask"], numbers["noise"], numbers["uniform"])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    noise = draws(0, 400, size, 4, 2)["noise"]
+    noise = draws(0, 400, size, 4, 2)["noise"][:, 0]
     found = model.act(batch["images"], batch["proprio"], tokens, batch["instruction"], noise)
     error = (found - batch["actions"]).abs()[batch["mask"] > 0]
     assert error[:, :6].mean() < 0.06 and error[:, 6].max() == 0
