@@ -295,6 +295,26 @@ def test_a_rehearsal_ends_as_soon_as_its_outcome_is_known(outcomes, passed):
     assert demonstrator.next_trial(trials) is None
 
 
+@pytest.mark.parametrize("needed", [150, 300, 301])
+def test_what_takes_long_counts_where_nothing_else_works(drawer_task, monkeypatch, needed):
+    """Episodes are made up: one contact works, and takes `needed` of the task's 300 steps."""
+    contacts = set()
+
+    def perform(task, next_attempt, noise, num_envs, max_steps):
+        while (attempt := next_attempt()) is not None:
+            contacts.add(attempt.strategy.factors["contact"])
+            yield attempt, SimpleNamespace(success=attempt.strategy.factors["contact"] == "middle" and needed <= max_steps)
+
+    monkeypatch.setattr(demonstrator, "perform", perform)
+    assert drawer_task.max_steps == 300
+    if needed > 300:
+        with pytest.raises(UserError, match="finds no way that works"):
+            demonstrator._rehearse(drawer_task)
+    else:
+        assert {f["contact"] for f in demonstrator._rehearse(drawer_task)} == {"middle"}
+    assert len(contacts) > 1
+
+
 def test_rehearsal_of_several_steps_finds_the_choice_that_is_to_blame(drawer_task, monkeypatch):
     """Episodes are made up: they fail at the first step with one contact, and at the second with two of the grasps."""
     task = dataclasses.replace(drawer_task, goal=[put_down(drawer_task, "contain", "wooden_cabinet_1_top_region")])
