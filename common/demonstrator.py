@@ -47,6 +47,7 @@ from common.skills import (
     Hand,
     PickPlace,
     PlanError,
+    joint_at,
     ramp,
     rotation_vector,
 )
@@ -277,7 +278,7 @@ def agenda(task: Task, data: mujoco.MjData) -> list[Predicate]:
     opened = {q for p in task.goal if p.name == "open" for q in p.qpos}
     for p in moves:
         for q in joints.get(p.site, ()) if p.kind == "contain" else ():
-            span = task.model.jnt_range[int(np.flatnonzero(adr == q)[0])]
+            span = task.model.jnt_range[joint_at(task.model, q)]
             wide = float(span[np.abs(span).argmax()])
             if q not in opened and data.qpos[q] / wide < 0.5:
                 steps.append(Predicate("open", p.args[1:], "joint", qpos=(q,), sign=float(np.sign(wide)), threshold=0.88 * wide, any=True))
@@ -311,7 +312,7 @@ class Demonstrator:
         self.waited = 0  # control steps
         self.failed = False  # set when no plan was found, or the hand is stuck
         self._trail: list[np.ndarray] = []
-        self._arm = [int(np.flatnonzero(task.model.jnt_qposadr == address)[0]) for address in task.arm_qpos]
+        self._arm = [joint_at(task.model, address) for address in task.arm_qpos]
 
     def _within_reach(self, flow: np.ndarray, twist: np.ndarray, data: mujoco.MjData) -> tuple[np.ndarray, np.ndarray]:
         """A displacement and a turn that do not stretch the arm out: it could not be bent again.
@@ -372,7 +373,7 @@ class Demonstrator:
         except PlanError:
             self.failed = True
             return NO_OP.copy()
-        self._trail.append(position.copy())
+        self._trail.append(np.concatenate([position, 0.05 * rotation[:, :2].ravel()]))  # a hand that turns a knob is not stuck
         if len(self._trail) % 30 == 0:  # giving up is the only thing that looks back
             self.failed = bool(np.ptp(self._trail[-30:], axis=0).max() < 0.01)
         action = self.noise * self.rng.standard_normal(7)

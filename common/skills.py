@@ -820,7 +820,7 @@ class PickPlace:
         across = offset - along * way
         beside = math.sqrt(across @ across)
         if beside < 0.025 and abs(along) < 0.03:
-            speed = min(0.06, 0.02 + distance) * (1.0 - ramp(beside, 0.008, 0.02))
+            speed = min(0.03 if press else 0.06, 0.02 + distance) * (1.0 - ramp(beside, 0.008, 0.02))  # a dragged one slips if hurried
             return speed * way - across, self.grasp.rotation, CLOSE
         ready = aligned(hand.rotation, self.grasp.rotation)
         return come_in(offset + 0.01 * way, UP, self.reach, *self.REACH, ready), self.grasp.rotation, CLOSE
@@ -860,6 +860,11 @@ class Contact:
     rotation: np.ndarray  # (3, 3)
     out: np.ndarray  # (3,) direction from which the hand comes
     width: float | None  # of what the fingers close on (m); None: push with closed fingers
+
+
+def joint_at(model: mujoco.MjModel, address: int) -> int:
+    """The joint whose position begins at an address in qpos."""
+    return int(np.flatnonzero(model.jnt_qposadr == address)[0])
 
 
 def joint_motion(model: mujoco.MjModel, data: mujoco.MjData, joint: int, point: np.ndarray) -> np.ndarray:
@@ -1000,8 +1005,7 @@ class Articulate:
 
     def __init__(self, task: Task, predicate: Predicate, factors: dict[str, str]):
         self.task, self.predicate, self.factors = task, predicate, factors
-        address = predicate.qpos[0]
-        self.joint = int(np.flatnonzero(task.model.jnt_qposadr == address)[0])
+        self.joint = joint_at(task.model, predicate.qpos[0])
         self.slide = task.model.jnt_type[self.joint] == mujoco.mjtJoint.mjJNT_SLIDE
         self.far_out = False  # as in PickPlace; a door's edge is
         self.contact: Contact | None = None
@@ -1010,8 +1014,7 @@ class Articulate:
     @staticmethod
     def holds(task: Task, predicate: Predicate, data: mujoco.MjData) -> dict[str, Contact]:
         """The ways to act on the joint that can be planned from a state, by name."""
-        joint = int(np.flatnonzero(task.model.jnt_qposadr == predicate.qpos[0])[0])
-        return contacts(task, data, joint, predicate.sign)
+        return contacts(task, data, joint_at(task.model, predicate.qpos[0]), predicate.sign)
 
     @staticmethod
     def order(holds) -> list[str]:

@@ -252,6 +252,18 @@ def test_a_stretched_arm_is_drawn_in_and_not_turned(pulling):
     np.testing.assert_allclose(np.cross(drawn_in, outward), np.cross(flow, outward), atol=1e-12)  # sideways it is free
 
 
+@pytest.mark.parametrize("speed", [0.0, 0.02])
+def test_a_hand_that_turns_in_place_is_not_stuck(pulling, monkeypatch, speed):
+    data, attempt = mujoco.MjData(pulling.model), Demonstrator(pulling, PULL, 0.0)
+    data.qpos[pulling.arm_qpos] = pulling.initial_joints
+    monkeypatch.setattr(attempt, "_command", lambda data, hand: (np.zeros(3), hand.rotation, skills.CLOSE))
+    for _ in range(30):
+        data.qpos[pulling.arm_qpos[6]] += speed  # the last joint of the wrist (rad)
+        mujoco.mj_kinematics(pulling.model, data)
+        attempt.act(data)
+    assert attempt.failed == (speed == 0.0)
+
+
 def test_a_way_that_does_not_exist_fails_and_is_reported(pulling, monkeypatch):
     wrong = Strategy("wrong", {"contact": "the other side", "path": "near"})
     env = make_env(pulling, 1)
