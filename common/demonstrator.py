@@ -153,31 +153,35 @@ def _rehearse(task: Task) -> list[dict[str, str]]:
     features = np.array([_features(skill, env.data[0]) for skill in ways])
     env.close()
     distance = np.linalg.norm(features[:, None] - features[None], axis=-1)
-    passed: set[int] = set()
-    for max_steps in (task.max_steps // 2, task.max_steps):  # what takes long counts only where nothing else works
-        failed: set[int] = set()
-        while len(ways) > len(failed):
-            pool = [c for c in range(len(ways)) if c not in failed]
-            chosen = sorted(passed)
-            while len(chosen) < min(MAX_STRATEGIES, len(pool)):  # the farthest from those chosen so far
-                rest = [c for c in pool if c not in chosen]
-                chosen.append(max(rest, key=lambda c: distance[c, chosen].min() if chosen else distance[c, pool].sum()))
-            if set(chosen) == passed:
-                break
-            trials = {c: Trials(Strategy("", ways[c].factors)) for c in chosen if c not in passed}
-            for attempt, episode in perform(task, lambda trials=trials: next_trial(trials), 0.1, 16, max_steps):
-                trials[attempt.key].record(episode.success)
-            passed |= {c for c, t in trials.items() if t.passed()}
-            failed |= set(trials) - passed
-            for hold in {_hold(ways[c]) for c in failed}:  # two failures and no success: this way of taking hold is no good
-                same = {c for c in range(len(ways)) if _hold(ways[c]) == hold}
-                if len(same & failed) > 1 and not same & passed:
-                    failed |= same
-        if passed:
-            break
+    # what takes long counts only where nothing else works
+    passed = _rehearse_ways(task, ways, distance, task.max_steps // 2) or _rehearse_ways(task, ways, distance, task.max_steps)
     if not passed:
         raise UserError(f"{task.id}: the scripted demonstrator finds no way that works")
     return [ways[c].factors for c in sorted(passed)]
+
+
+def _rehearse_ways(task: Task, ways: list, distance: np.ndarray, max_steps: int) -> set[int]:
+    """Which `ways` to take: up to `MAX_STRATEGIES` that pass their rehearsal within `max_steps`, as far apart as can be."""
+    passed: set[int] = set()
+    failed: set[int] = set()
+    while len(ways) > len(failed):
+        pool = [c for c in range(len(ways)) if c not in failed]
+        chosen = sorted(passed)
+        while len(chosen) < min(MAX_STRATEGIES, len(pool)):  # the farthest from those chosen so far
+            rest = [c for c in pool if c not in chosen]
+            chosen.append(max(rest, key=lambda c: distance[c, chosen].min() if chosen else distance[c, pool].sum()))
+        if set(chosen) == passed:
+            break
+        trials = {c: Trials(Strategy("", ways[c].factors)) for c in chosen if c not in passed}
+        for attempt, episode in perform(task, lambda trials=trials: next_trial(trials), 0.1, 16, max_steps):
+            trials[attempt.key].record(episode.success)
+        passed |= {c for c, t in trials.items() if t.passed()}
+        failed |= set(trials) - passed
+        for hold in {_hold(ways[c]) for c in failed}:  # two failures and no success: this way of taking hold is no good
+            same = {c for c in range(len(ways)) if _hold(ways[c]) == hold}
+            if len(same & failed) > 1 and not same & passed:
+                failed |= same
+    return passed
 
 
 def _rehearse_steps(task: Task, predicates: list[Predicate], data: mujoco.MjData) -> list[dict[str, str]]:
