@@ -386,8 +386,9 @@ def test_what_a_run_leaves_behind(flags, tmp_path, monkeypatch, corpus, drawer_t
     assert run.name.startswith(f"{drawer_task.id.replace('/', '-')}__vla_pretrain__1__")
     config, summary = (json.loads((run / name).read_text()) for name in ("config.json", "summary.json"))
     assert config["args"]["data"] == [str(corpus)] and config["renderer"] == "warp" and config["assets"] == drawer_task.assets
-    assert summary["steps"] == 3 and summary["validation"] > 0 and summary["samples_per_second"] > 0 and summary["parameters"] > 2e6
+    assert summary["steps"] == 3 and summary["validation"] > 0 and summary["samples_per_second"] > 0
     model, meta = load_model(run)
+    assert summary["parameters"] == sum(p.numel() for p in model.parameters())
     assert meta["tasks"] == [drawer_task.id] and meta["step"] == 3 and meta["corpora"][0]["episodes"] == 6
     assert model.config == {"head": "flow", "size": "tiny", "chunk": 4, "image_size": 32, "crop": 30, "vision": None, "text": None}
     main(monkeypatch, "--resume", run)  # nothing is left to do
