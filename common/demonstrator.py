@@ -135,6 +135,10 @@ def _rehearse(task: Task) -> list[dict[str, str]]:
         raise UserError(f"{task.id}: the scripted demonstrator has no skill for the goal {unknown[0]!r}")
     env = make_env(task, 8)
     env.reset(seed=0)
+    for _ in range(PATIENCE):  # as a demonstrator does before it plans
+        falling = np.array([unsettled(task, data) for data in env.data])
+        if falling.any():
+            env.step(np.tile(NO_OP, (env.num_envs, 1)), falling)
     predicates = agenda(task, env.data[0])
     if len(predicates) > 1:
         factors = _rehearse_steps(task, predicates, env.data[0])
@@ -300,6 +304,15 @@ def agenda(task: Task, data: mujoco.MjData) -> list[Predicate]:
     return sorted(steps, key=rank) or list(task.goal)
 
 
+def unsettled(task: Task, data: mujoco.MjData) -> bool:
+    """Whether things are still falling: some of LIBERO's start high up in the air, or are thrown up out of the table."""
+    model = task.model
+    free = [o.body for o in task.objects.values() if o.joint_qpos is not None]
+    touching = model.body_rootid[model.geom_bodyid[data.contact.geom]]  # at the top of its flight a thing is slow, but touches nothing
+    speeds = [np.linalg.norm(data.qvel[model.body_dofadr[body] :][:3]) for body in free]
+    return max(speeds, default=0.0) > 0.3 or not np.isin(free, touching).all()
+
+
 class Demonstrator:
     """Does a task with one strategy, a control step at a time.
 
@@ -331,11 +344,6 @@ class Demonstrator:
         outward /= math.sqrt(outward @ outward)
         return flow - stretched * (max(0.0, flow @ outward) + 0.02) * outward, twist * (1.0 - stretched)
 
-    def _unsettled(self, data: mujoco.MjData) -> bool:
-        """Whether things are still falling: some of LIBERO's start high up in the air."""
-        free = [self.task.model.body_dofadr[o.body] for o in self.task.objects.values() if o.joint_qpos is not None]
-        return any(np.linalg.norm(data.qvel[dof : dof + 3]) > 0.3 for dof in free)
-
     def _begin(self, data: mujoco.MjData) -> None:
         predicates = agenda(self.task, data)
         for i, p in enumerate(predicates):
@@ -347,7 +355,7 @@ class Demonstrator:
         """The displacement, rotation and gripper command of the step that is under way; steps that are done are left behind."""
         if not self.steps:
             self.waited += 1
-            if self.waited < PATIENCE and self._unsettled(data):
+            if self.waited < PATIENCE and unsettled(self.task, data):
                 return 0.0 * UP, hand.rotation, OPEN
             self._begin(data)
         if len(self.steps) == 1:

@@ -436,6 +436,7 @@ def find_drop(
     usual: float,
     grip: np.ndarray,
     crowded: np.ndarray | None = None,
+    fall: bool = False,
 ):
     """Where an object that is held can be let down, straight from above, so that it lies in or on a region.
 
@@ -446,6 +447,7 @@ def find_drop(
         turn: (3, 3) of the object now. usual: height of the origin if it is put down in the middle of the region.
         grip: (3, 3) of the hand now: as in `top_grasps`, the wrist is not to be turned too far.
         crowded: (2,) the point to stay near, if other things have to go to the same region and the middle is not to be taken.
+        fall: it may be let go of above the region, where it falls in: for when what is in there already leaves no other place.
 
     Returns None if the middle is as good a place as any, as it is turned now; else (origin, rotation of the object).
     Raises PlanError if there is no place.
@@ -488,7 +490,7 @@ def find_drop(
         for angle, spin, thing, holder, touch in ways:
             z = np.maximum(rest(*thing, surface, index), rest(*holder, surface, index)) + 0.004
             origins = np.column_stack([spots, z])
-            inside = slack(predicate, centre, frame, origins)
+            inside = slack(predicate, centre, frame, np.column_stack([spots, touch]) if fall else origins)
             cost = np.linalg.norm(spots - aim, axis=1) + 0.06 * abs(angle) + 2.0 * np.maximum(z - touch - 0.01, 0.0)
             if crowded is not None:  # well inside, and not on top of each other
                 cost += 3.0 * np.maximum(0.027 - inside, 0.0) + touch - touch[np.isfinite(touch)].min(initial=0.0)
@@ -725,9 +727,10 @@ class PickPlace:
         p, model = self.predicate, self.task.model
         cargo, grip = points - self.start, self.grasp.rotation
         hand = hand_points() @ grip.T + self.grasp.position - self.start
+        crowded = self.start[:2] if sum(q.body >= 0 and q.site == p.site for q in self.task.goal) > 1 else None
+        drop = functools.partial(find_drop, self.task, data, p, cargo, hand, self.turn, self.target(data)[2], grip, crowded)
         try:
-            crowded = self.start[:2] if sum(q.body >= 0 and q.site == p.site for q in self.task.goal) > 1 else None
-            if (spot := find_drop(self.task, data, p, cargo, hand, self.turn, self.target(data)[2], grip, crowded)) is None:
+            if (spot := drop()) is None:
                 return None
             (position, rotation), out = spot, UP
             parent = model.body_rootid[model.site_bodyid[p.site]]
@@ -737,7 +740,10 @@ class PickPlace:
         except PlanError:
             if p.kind != "contain":
                 raise
-            position, rotation, out = find_slot(self.task, data, p, cargo, hand, self.turn, grip)
+            try:
+                position, rotation, out = find_slot(self.task, data, p, cargo, hand, self.turn, grip)
+            except PlanError:
+                (position, rotation), out = drop(fall=True), UP
             height = 0.14
         frame = self._frame(data)
         return Place(frame.T @ (position - data.site_xpos[p.site]), frame.T @ rotation, frame.T @ out, height)

@@ -154,6 +154,25 @@ def test_a_drop_clears_the_walls_around_it(drawer_task):
     assert not skills.inside_solids(model, data, others, cargo @ turn.T + origin, 0.0)
 
 
+def test_what_the_hand_has_no_room_to_put_down_falls_in(drawer_task):
+    p = put_down(drawer_task, "contain", "wooden_cabinet_1_top_region")
+    model, data = drawer_task.model, mujoco.MjData(drawer_task.model)
+    data.qpos[:] = drawer_task.init_states[0, 1 : 1 + model.nq]
+    (joint,) = drawer_task.sites["wooden_cabinet_1_top_region"].joints
+    data.qpos[model.jnt_qposadr[joint]] = model.jnt_range[joint][0]
+    mujoco.mj_kinematics(model, data)
+    cargo, hand, bottom = box((0.03, 0.03, 0.02)), box((0.2, 0.2, 0.01)), 0.02  # wider than the drawer
+    held = drawer_task, data, p, cargo, hand, np.eye(3), 0.0, hand_rotation(DIRECTIONS["left"], -UP)
+    with pytest.raises(skills.PlanError):
+        find_drop(*held)
+    origin, _ = find_drop(*held, fall=True)
+    centre, frame = data.site_xpos[p.site], data.site_xmat[p.site].reshape(3, 3)
+    assert slack(p, centre, frame, origin[None])[0] < 0.0
+    under = skills.nearby_points(drawer_task, data, centre, [model.body_rootid[p.body]])
+    under = under[(np.abs(under - origin)[:, :2] < 0.03).all(1), 2].max()
+    assert slack(p, centre, frame, np.array([[*origin[:2], under + bottom]]))[0] > 0.0
+
+
 def test_things_come_to_rest_on_a_height_map():
     rng = np.random.default_rng(0)
     cells, under = skills.columns(box((0.011, 0.02, 0.015)), CELL)
@@ -190,6 +209,16 @@ def test_what_is_closed_is_opened_first_and_closed_last(drawer_task):
     mujoco.mj_forward(model, data)
     assert [p.name for p in agenda(dataclasses.replace(drawer_task, goal=[close, into]), data)] == ["in", "close"]
     assert agenda(drawer_task, data) == drawer_task.goal
+
+
+def test_a_thing_at_the_top_of_its_flight_is_not_at_rest(drawer_task):
+    env = make_env(drawer_task, 1, settle_steps=40)
+    env.reset(options={"init_state": 0})
+    data, bowl = env.data[0], drawer_task.objects["akita_black_bowl_1"]
+    assert not demonstrator.unsettled(drawer_task, data)
+    data.qpos[bowl.joint_qpos + 2] += 0.1
+    mujoco.mj_fwdPosition(drawer_task.model, data)
+    assert demonstrator.unsettled(drawer_task, data)
 
 
 def test_joint_motion_is_the_derivative_of_the_pose(drawer_task):
