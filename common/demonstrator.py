@@ -65,7 +65,9 @@ class Strategy:
 
 
 MAX_STRATEGIES = 8
-REHEARSALS = 6  # training states on which a strategy may fail once; if none of the first four fails, that is enough
+# Training states on which a strategy has to succeed in a row, and if it fails once, on how many in all. In a task of several steps
+# choices multiply: of so many combinations some pass a short rehearsal by luck, and count only where none passes a long one.
+REHEARSALS, REHEARSALS_OF_STEPS = (4, 6), (8, 12)
 STRETCHED = -0.65, -0.45  # rad of the elbow (its range ends at -0.07): where stretching the arm begins to be avoided, and is
 PATIENCE = 20  # control steps that a demonstrator waits for things to come to rest
 ROUNDS = 6  # of rehearsals of a task of several steps
@@ -104,24 +106,23 @@ class Trials:
     """The rehearsals of one strategy. At most two are under way at a time, for two failures are enough."""
 
     strategy: Strategy
+    enough: tuple[int, int] = REHEARSALS
     begun: int = 0
-    ended: int = 0
-    failures: int = 0
+    outcomes: list[bool] = dataclasses.field(default_factory=list)
 
     def missing(self) -> int:
         """How many more have to end without another failure until it has passed; 0: it is known whether it has."""
-        return max(0, (REHEARSALS - 2, REHEARSALS, 0)[min(self.failures, 2)] - self.ended)
+        return max(0, (*self.enough, 0)[min(self.outcomes.count(False), 2)] - len(self.outcomes))
 
-    def passed(self) -> bool:
-        return self.failures < 2 and self.missing() == 0
-
-    def record(self, success: bool) -> None:
-        self.ended, self.failures = self.ended + 1, self.failures + (not success)
+    def passed(self, enough: tuple[int, int] | None = None) -> bool:
+        """Whether it has passed; with `enough`, whether it would have passed a shorter rehearsal."""
+        in_a_row, in_all = enough or self.enough
+        return self.outcomes[:in_a_row] == [True] * in_a_row or (len(self.outcomes) >= in_all and self.outcomes[:in_all].count(False) == 1)
 
 
 def next_trial(trials: dict[Any, Trials], useful: Callable[[Any], bool] = lambda key: True) -> Attempt | None:
     """The next attempt (see `perform`) at one of `trials`, whose key it has. None: no more, or not before another one has ended."""
-    waiting = [c for c, t in trials.items() if t.begun - t.ended < min(2, t.missing()) and useful(c)]
+    waiting = [c for c, t in trials.items() if t.begun - len(t.outcomes) < min(2, t.missing()) and useful(c)]
     if not waiting:
         return None
     c = min(waiting, key=lambda c: trials[c].begun)
@@ -178,7 +179,7 @@ def _rehearse_ways(task: Task, ways: list, distance: np.ndarray, max_steps: int)
             break
         trials = {c: Trials(Strategy("", ways[c].factors)) for c in chosen if c not in passed}
         for attempt, episode in perform(task, lambda trials=trials: next_trial(trials), 0.1, 16, max_steps):
-            trials[attempt.key].record(episode.success)
+            trials[attempt.key].outcomes.append(episode.success)
         passed |= {c for c, t in trials.items() if t.passed()}
         failed |= set(trials) - passed
         for hold in {_hold(ways[c]) for c in failed}:  # two failures and no success: this way of taking hold is no good
@@ -227,7 +228,7 @@ def _rehearse_steps(task: Task, predicates: list[Predicate], data: mujoco.MjData
                 new.append(combination)
         if not new:
             break
-        fresh = {c: Trials(Strategy("", _join([options[k][j] for k, j in enumerate(c)]))) for c in new}
+        fresh = {c: Trials(Strategy("", _join([options[k][j] for k, j in enumerate(c)])), REHEARSALS_OF_STEPS) for c in new}
         tried |= fresh
 
         def next_attempt(fresh=fresh):
@@ -235,13 +236,14 @@ def _rehearse_steps(task: Task, predicates: list[Predicate], data: mujoco.MjData
 
         for attempt, episode in perform(task, next_attempt, 0.1, 16):
             c = attempt.key
-            tried[c].record(episode.success)
+            tried[c].outcomes.append(episode.success)
             done = len(c) if episode.success else attempt.stage
             for k in range(done):
                 wins[k][c[k]] += 1
             if not episode.success:
                 losses[done][c[done]] += 1
     passed = [c for c, trials in tried.items() if trials.passed()]
+    passed = passed or [c for c, trials in tried.items() if trials.passed(REHEARSALS)]
     if not passed:
         k = int(np.argmax([loss.sum() for loss in losses]))
         step = f"{predicates[k].name}({', '.join(predicates[k].args)})"
@@ -335,10 +337,13 @@ class Demonstrator:
         """A displacement and a turn that do not stretch the arm out: it could not be bent again.
 
         With a straight elbow the controller's torques for a turn overcome those for a displacement, and hold the elbow at its stop.
-        Only where the way leads that far out by its nature: what is taken or pulled near the limit is better reached than avoided.
+        What has to be taken or pulled near the limit is better reached than avoided, so this is for ways that lead that far out by
+        their nature, and for a hand that an earlier step has left far out and that still has to turn.
         """
-        stretched = ramp(data.qpos[self.task.arm_qpos[3]], *STRETCHED)
-        if stretched == 0.0 or not (self.steps and self.steps[self.stage].skill.far_out):
+        stretched = ramp(data.qpos[self.task.arm_qpos[3]], *STRETCHED) if self.steps else 0.0
+        if stretched and not self.steps[self.stage].skill.far_out:
+            stretched *= ramp(math.sqrt(twist @ twist), 0.2, 0.5) if self.stage else 0.0
+        if stretched == 0.0:
             return flow, twist
         outward = data.xanchor[self._arm[5]] - data.xanchor[self._arm[1]]  # from the shoulder to the wrist
         outward /= math.sqrt(outward @ outward)

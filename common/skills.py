@@ -382,8 +382,11 @@ def hand_points() -> np.ndarray:
     return np.concatenate([palm_points(), finger + gap, finger - gap])
 
 
-def slack(predicate: Predicate, centre: np.ndarray, frame: np.ndarray, origins: np.ndarray) -> np.ndarray:
-    """(n,) how far (m) inside the region the (n, 3) origins are, negative outside: `common.env` says what LIBERO's regions are."""
+def slack(predicate: Predicate, centre: np.ndarray, frame: np.ndarray, origins: np.ndarray, axes: int = 3) -> np.ndarray:
+    """(n,) how far (m) inside the region the (n, 3) origins are, negative outside: `common.env` says what LIBERO's regions are.
+
+    Of the region's `axes`, 2 leave out its height.
+    """
     size = np.array(predicate.size)
     if predicate.kind == "contain":
         extent = np.abs(frame @ size)
@@ -393,7 +396,7 @@ def slack(predicate: Predicate, centre: np.ndarray, frame: np.ndarray, origins: 
         offset = (origins - centre) @ frame.T
         limit = np.array([size[0], size[1], size[2] + 0.10])
         low, high = offset + (size[0], size[1], 0.005 - size[2]), limit - offset
-    return np.minimum(low, high).min(1)
+    return np.minimum(low, high)[:, :axes].min(1)
 
 
 def height_map(points: np.ndarray, low: np.ndarray, size: int, cell: float) -> np.ndarray:
@@ -493,7 +496,8 @@ def find_drop(
             inside = slack(predicate, centre, frame, np.column_stack([spots, touch]) if fall else origins)
             cost = np.linalg.norm(spots - aim, axis=1) + 0.06 * abs(angle) + 2.0 * np.maximum(z - touch - 0.01, 0.0)
             if crowded is not None:  # well inside, and not on top of each other
-                cost += 3.0 * np.maximum(0.027 - inside, 0.0) + touch - touch[np.isfinite(touch)].min(initial=0.0)
+                aside = slack(predicate, centre, frame, origins, axes=2)
+                cost += 3.0 * np.maximum(0.027 - aside, 0.0) + touch - touch[np.isfinite(touch)].min(initial=0.0)
             cost += 3.0 * np.maximum(0.015 - inside, 0.0) + np.where((inside > 0.003) & np.isfinite(z), 0.0, np.inf)
             k = int(np.argmin(cost))
             cost = cost + WRIST * (spin[1] @ grip[:, 0] < -0.1)
@@ -797,7 +801,11 @@ class PickPlace:
         place = origin - self.target(data)
         if self.factors["grasp"].startswith("push"):
             return self._push(data, hand, place)
-        if self._placed(data, place):  # let go, and move away
+        if self._placed(data, place):  # let go, and move away; and once more, if it does not lie as it should
+            if miss > 0.08 and hand.opening > self._free:
+                self.plan(data)
+                if self._placed(data, origin - self.target(data)):
+                    raise PlanError(f"{self.object.name} is where it should be, and does not count")
             back = UP if self.place is None else -hand.rotation[:, 2]
             return (0.05 * back if hand.opening > self._free else 0.0 * UP), self.grasp.rotation, OPEN
         phase = grip_phase(miss, hand, self.grasp.width)

@@ -275,6 +275,9 @@ def test_a_stretched_arm_is_drawn_in_and_not_turned(pulling):
     drawn_in, turned = attempt._within_reach(flow, twist, data)
     attempt.steps[0].skill.far_out = False
     assert attempt._within_reach(flow, twist, data)[0] is flow
+    attempt.steps, attempt.stage = attempt.steps * 2, 1  # where an earlier step has left the hand, if it still has to turn
+    np.testing.assert_array_equal(attempt._within_reach(flow, twist, data)[0], drawn_in)
+    assert attempt._within_reach(flow, 0.3 * twist, data)[0] is flow
     outward = data.xanchor[attempt._arm[5]] - data.xanchor[attempt._arm[1]]
     outward /= np.linalg.norm(outward)
     assert not turned.any() and flow @ outward > 0.05 and drawn_in @ outward == pytest.approx(-0.02)
@@ -328,12 +331,18 @@ def test_a_rehearsal_ends_as_soon_as_its_outcome_is_known(outcomes, passed):
         while (attempt := demonstrator.next_trial(trials)) is not None:
             under_way.append(attempt)
         assert 1 <= len(under_way) <= 2 and not trials["way"].passed()
-        assert [a.seed[0] for a in under_way] == list(range(trials["way"].ended, trials["way"].begun))
-        trials[under_way.pop(0).key].record(outcome == "1")
-        if trials["way"].failures > 1:
+        assert [a.seed[0] for a in under_way] == list(range(len(trials["way"].outcomes), trials["way"].begun))
+        trials[under_way.pop(0).key].outcomes.append(outcome == "1")
+        if trials["way"].outcomes.count(False) > 1:
             break
     assert trials["way"].passed() == passed and trials["way"].missing() == 0
     assert demonstrator.next_trial(trials) is None
+
+
+@pytest.mark.parametrize("outcomes, shorter", [("111100", True), ("0111110", True), ("110110", False), ("1100", False)])
+def test_a_long_rehearsal_holds_a_short_one(outcomes, shorter):
+    trials = demonstrator.Trials(PULL, (8, 12), outcomes=[outcome == "1" for outcome in outcomes])
+    assert not trials.passed() and trials.missing() == 0 and trials.passed((4, 6)) == shorter
 
 
 @pytest.mark.parametrize("needed", [150, 300, 301])
