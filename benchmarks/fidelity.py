@@ -14,8 +14,9 @@ Flags (all 130 tasks). On states that span the goal's boundary (`boundary_states
 conjunct and `_check_success` against ours: once in the state itself and once after a control step from it, where LIBERO
 judges poses that are 2 ms old (there only success, as `step` returns it).
 
-Demonstrations (of these twelve, the tasks that the scripted demonstrator solves). Both of the above with a successful demonstration:
-its actions from its start, so that things are grasped, moved and solved, and the flags in its last states.
+Demonstrations (all tasks that the scripted demonstrator solves). Both of the above with two demonstrations of each: their
+actions from their starts, so that things are grasped, moved and solved, and the flags in their last states; and in how many of them
+LIBERO's environment comes to success as well.
 
 Backends (`--part backends`, alone; six tasks whose contacts differ). Ours on CPU cores against ours on MuJoCo Warp: does it matter that
 physics there is in single precision? Closed loop: the scripted demonstrator from the official init states, with the same strategies and
@@ -23,7 +24,7 @@ noise on both, and the policies of finished runs (`--runs`) from training states
 
 The compiled model is compared too: every field of mjModel but the textures, which we shrink.
 
-    python -m benchmarks.fidelity                                     # everything: an hour on two cores
+    python -m benchmarks.fidelity                                     # everything: two to three hours on two cores
     python -m benchmarks.fidelity --tasks libero_goal/0 libero_90/5   # a minute
     python -m benchmarks.fidelity --part backends --runs runs/RUN     # needs a GPU
 """
@@ -47,6 +48,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from common.cli import UserError, run_command
+from common.data import Episode
 from common.demonstrator import Demonstrator, Strategy, strategies
 from common.env import NO_OP, make_env, predicate_holds, success
 from common.metrics import wilson_interval
@@ -71,7 +73,7 @@ class Args:
     """Compare our environment with LIBERO's own."""
 
     tasks: list[str] = dataclasses.field(default_factory=list)
-    """task ids (default: every task for the flags, two or more of each suite for the rest)"""
+    """task ids (default: every task; for the trajectories two or more of each suite)"""
     suite: str | None = None
     """one suite only"""
     part: list[Literal["trajectories", "flags", "demonstrations", "backends"]] = dataclasses.field(default_factory=lambda: list(PARTS))
@@ -413,14 +415,14 @@ def report_backends(rows: list[dict], limit: float = 0.03) -> str:
 # ---------------------------------------------------------------------------------------------- one task, all tasks
 
 
-def demonstration(task: Task):
-    """A successful scripted demonstration, or None where the demonstrator has none."""
-    from common.demonstrator import load_or_collect
+def demonstrations(task: Task, count: int = 2) -> list[Episode]:
+    """Scripted demonstrations as the data-set command would store them; none where the demonstrator has no strategy."""
+    from common.demonstrator import collect
 
     try:
-        return next((e for e in load_or_collect(task, 4, progress=False) if e.success), None)
+        return collect(task, count, verify=True, progress=False)
     except UserError:
-        return None
+        return []
 
 
 def compare(task_id: str, parts: list[str], args: Args) -> dict:
@@ -429,7 +431,7 @@ def compare(task_id: str, parts: list[str], args: Args) -> dict:
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):  # LIBERO and robosuite print
         if "demonstrations" in parts:
             result["demonstrations"] = None
-            if (episode := demonstration(load_task(task_id, args.assets))) is None and parts == ["demonstrations"]:
+            if not (episodes := demonstrations(load_task(task_id, args.assets))) and parts == ["demonstrations"]:
                 return result
         pair = Pair(task_id, args.assets)
         task = pair.task
@@ -439,9 +441,10 @@ def compare(task_id: str, parts: list[str], args: Args) -> dict:
             result["trajectories"] = {f"random {k}": trajectory(pair, *start) for k, start in starts.items()}
         if "flags" in parts:
             result["flags"] = flag_comparison(pair, boundary_states(task, np.random.default_rng(task.index), args.states))
-        if "demonstrations" in parts and episode is not None:
-            replay = trajectory(pair, episode.states[0], episode.actions)
-            result["demonstrations"] = {"replay": replay, "flags": flag_comparison(pair, episode.states[-5:])}
+        if "demonstrations" in parts and episodes:
+            replays = [trajectory(pair, e.states[0], e.actions) for e in episodes]
+            last = np.concatenate([e.states[-5:] for e in episodes])
+            result["demonstrations"] = {"replays": replays, "flags": flag_comparison(pair, last)}
         pair.libero.close()
         pair.env.close()
     return {**result, "seconds": round(time.time() - start, 1)}
@@ -462,7 +465,8 @@ def report(tasks: dict[str, dict]) -> str:
     lines = []
     shown = {t: r["demonstrations"] for t, r in tasks.items() if r.get("demonstrations")}
     rows = [(t, name, r) for t, result in tasks.items() for name, r in result.get("trajectories", {}).items()]
-    rows += [(t, "demonstration", demo["replay"]) for t, demo in shown.items()]
+    replays = [(t, f"demonstration {k}", r) for t, demo in shown.items() for k, r in enumerate(demo["replays"])]
+    rows += replays
     if rows:
         lines = ["| task | trajectory | steps | free steps | difference: free | all | flags equal | successes |", "|---" * 8 + "|"]
         for task_id, name, r in rows:
@@ -478,6 +482,13 @@ def report(tasks: dict[str, dict]) -> str:
             f"touched nothing, {largest:.1e} over all steps, of which {below / steps:.1%} are below 1e-6. "
             f"Success flags equal at {steps - unequal} of {steps} steps. Robot observations at the end of those that agree to 1e-6 "
             f"differ by {max((r['proprioception'] for _, _, r in rows if r['all'] < 1e-6), default=np.nan):.1e} at most.",
+            "",
+        ]
+    if replays:
+        lost = [f"{t}, {name}" for t, name, r in replays if not r["successes"]]
+        lines += [
+            f"LIBERO's environment comes to success in {len(replays) - len(lost)} of {len(replays)} demonstrations of {len(shown)} tasks"
+            f"{', but not in ' if lost else ''}{'; '.join(lost)}.",
             "",
         ]
     for title, flagged in (
@@ -521,7 +532,7 @@ def main() -> None:
     everything = [f"{suite}/{i}" for suite in SUITES for i in range(len(task_names()[suite]))]
     parts = {t: [] for t in given or everything if args.suite is None or t.startswith(args.suite + "/")}
     for task_id, wanted in parts.items():
-        wanted += [part for part in PARTS if part in args.part and (given or part == "flags" or task_id in TRAJECTORY_TASKS)]
+        wanted += [part for part in PARTS if part in args.part and (given or part != "trajectories" or task_id in TRAJECTORY_TASKS)]
     parts = {t: wanted for t, wanted in parts.items() if wanted}
     if not parts:
         raise UserError(f"no task to compare: --suite {args.suite} has none of --tasks {' '.join(args.tasks)}")
