@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import mujoco
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from test_gaussian_ppo import refused
 
-from benchmarks import demonstrator, fidelity, throughput
+from benchmarks import demonstrator, fidelity, frames, throughput
 from common.cli import UserError
 from common.demonstrator import SKILLS, Strategy
 from common.env import make_env
@@ -96,6 +97,17 @@ def test_throughput_of_warp(drawer_task, pixels, monkeypatch):
     assert ("pictures_per_second" in row) == ("pictures/s alone" in head) == pixels
 
 
+def test_frames_of_a_demonstration_lie_beside_each_other(demos, assets, monkeypatch, tmp_path):
+    args = frames.Args([demos], tmp_path / "frames.png", frames=3, size=24, assets=assets)
+    title, picture = frames.strip(demos, args)
+    assert title == "libero_goal/0 open the middle layer of the drawer" and picture.shape == (24, 72, 3)
+    first, last = picture[:, :24], picture[:, 48:]
+    assert (np.abs(first.astype(int) - last) > 20).any()  # the drawer has moved
+    monkeypatch.setattr(sys, "argv", ["frames.py", str(demos), "--out", str(args.out), "--size", "24", "--assets", assets])
+    frames.main()
+    assert args.out.read_bytes()[:4] == b"\x89PNG"
+
+
 def test_refused(capsys, tmp_path):
     for flags, message in (
         ("--part backends flags", "--part backends stands alone"),
@@ -103,5 +115,6 @@ def test_refused(capsys, tmp_path):
         ("--part backends --device cpu --runs nowhere", "nowhere is not the folder of a finished run"),
     ):
         assert message in refused(fidelity, capsys, tmp_path, *flags.split())
+    assert "name at least one HDF5 file" in refused(frames, capsys, tmp_path, "--out", str(tmp_path / "x.png"))
     with pytest.raises(UserError, match="is not the folder of a finished run"):
         fidelity.load_policy(tmp_path, None)
