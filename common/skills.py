@@ -357,6 +357,31 @@ def own_grasps(task: Task, data: mujoco.MjData, obj, only: str = "") -> dict[str
     return dict(sorted(found.items(), key=lambda row: row[1].cost))
 
 
+def inward_grasps(task: Task, data: mujoco.MjData, predicate: Predicate, obj) -> dict[str, Grasp]:
+    """Ways to take an object that goes into a region from its side, by name: with the hand leaning in already, far out.
+
+    The object need not be turned on its way, and hardly more than the fingers follow it in: a mug is held by its handle.
+    """
+    points = world_points(data, surface_points(task.model, obj.geoms))
+    scene = scene_around(task, data, obj)
+    middle = 0.5 * (points.min(0) + points.max(0))
+    found: dict[str, Grasp] = {}
+    for out in openings(task, data, predicate):
+        side = np.cross(UP, out)
+        for name, finger in (("inward", side), ("inward flipped", -side)):
+            rotation = hand_rotation(finger, -math.sqrt(0.5) * (out + UP))
+            for clear in (True, False):
+                for g in find_grasps(points, scene(clear), rotation, 0.022, -np.inf):
+                    g.clear = clear
+                    offset = g.position - middle
+                    g.cost = 0.2 * g.width + abs(offset @ side) - offset @ out - 0.3 * offset[2]  # high up it swings less
+                    if name not in found or g.cost < found[name].cost:
+                        found[name] = g
+                if name in found:
+                    break
+    return found
+
+
 # ---------------------------------------------------------------------------------------------- places
 
 
@@ -527,6 +552,26 @@ def solid_geoms(task: Task, data: mujoco.MjData, body: int, centre: np.ndarray, 
     return np.flatnonzero(solid & near & (model.geom_type != mujoco.mjtGeom.mjGEOM_PLANE))
 
 
+def closed_later(task: Task, predicate: Predicate) -> int | None:
+    """The joint that the goal wants closed of the thing that a region belongs to."""
+    carrier = next((s.parent for s in task.sites.values() if s.site == predicate.site), None)
+    joints = (joint_at(task.model, q.qpos[0]) for q in task.goal if q.name == "close" and q.args[0] in (carrier, predicate.args[1]))
+    return next(joints, None)
+
+
+def openings(task: Task, data: mujoco.MjData, predicate: Predicate) -> list[np.ndarray]:
+    """The sides from which nothing is in the way to the middle of a region."""
+    centre, frame = data.site_xpos[predicate.site], data.site_xmat[predicate.site].reshape(3, 3)
+    extent = np.abs(frame) @ np.array(predicate.size)
+    geoms = solid_geoms(task, data, predicate.body, centre, 0.5)
+    found = []
+    for out in (side for side in DIRECTIONS.values() if side is not UP):
+        way = centre + out * np.linspace(0.0, float(np.abs(out) @ extent) + 0.12, 12)[:, None]
+        if not inside_solids(task.model, data, geoms, way, 0.004):
+            found.append(out)
+    return found
+
+
 def find_slot(
     task: Task, data: mujoco.MjData, predicate: Predicate, cargo: np.ndarray, hand: np.ndarray, turn: np.ndarray, grip: np.ndarray
 ):
@@ -537,25 +582,25 @@ def find_slot(
     model = task.model
     centre, frame = data.site_xpos[predicate.site], data.site_xmat[predicate.site].reshape(3, 3)
     extent = np.abs(frame) @ np.array(predicate.size)
-    carrier = next((s.parent for s in task.sites.values() if s.site == predicate.site), None)
-    closes = any(q.name == "close" and q.args[0] in (carrier, predicate.args[1]) for q in task.goal)
+    whole = closed_later(task, predicate) is not None
     geoms = solid_geoms(task, data, predicate.body, centre, 0.5)
     cargo, hand = cargo[:: max(1, len(cargo) // 200)], hand[:: max(1, len(hand) // 80)]
     best = None
-    for out in (side for side in DIRECTIONS.values() if side is not UP):
+    for out in openings(task, data, predicate):
         side = np.cross(UP, out)
         deep, broad = float(np.abs(out) @ extent), float(np.abs(side) @ extent)
-        way = centre + out * np.linspace(0.0, deep + 0.12, 12)[:, None]
-        if inside_solids(model, data, geoms, way, 0.004):
-            continue  # no opening on this side
         for pose in _hand_turns(grip, out):
             spin = pose @ grip.T
             thing, holder = cargo @ spin.T, hand @ spin.T
             effort = 0.03 * np.linalg.norm(rotation_vector(spin)) + WRIST * (pose[1, 0] < -0.1)
-            for depth in (0.10, 0.08, 0.12) if closes else (0.02, 0.05):  # all of it has to be inside, or just its origin
-                for across in (0.0, 0.5, -0.5):
+            depths, shifts = [(depth, 0.5 * depth) for depth in (0.02, 0.05)], (0.0, 0.5, -0.5)  # (depth of its origin, cost)
+            if whole:  # all of it has to be inside, or nearly: a door pushes it on
+                depths = [(float((thing @ out).max()) - rest, 0.5 * rest) for rest in (0.0, 0.01, 0.02, 0.03, 0.04)]
+                shifts = (0.0, 0.25, -0.25, 0.5, -0.5)
+            for depth, price in depths:
+                for across in shifts:
                     for z in np.linspace(-extent[2] - 0.002, extent[2] - 0.006, 6):
-                        cost = effort + 0.5 * depth + 0.05 * abs(across)
+                        cost = effort + price + 0.05 * abs(across)
                         if best is not None and cost >= best[0]:
                             continue
                         origin = centre + out * (deep - depth) + side * broad * across + UP * z
@@ -639,6 +684,10 @@ class PickPlace:
     def holds(task: Task, predicate: Predicate, data: mujoco.MjData) -> dict[str, Grasp]:
         """The ways to take hold that can be planned from a state, by name, the most usual first."""
         obj = next(o for o in task.objects.values() if o.body == predicate.body)
+        joint = closed_later(task, predicate)
+        door = joint is not None and task.model.jnt_type[joint] == mujoco.mjtJoint.mjJNT_HINGE  # a drawer is filled from above
+        if door and (found := inward_grasps(task, data, predicate, obj)):
+            return found
         found = top_grasps(task, data, obj)
         if len(found) > 3:
             return found
@@ -675,6 +724,8 @@ class PickPlace:
         name = self.factors["grasp"]
         if found is None and name.startswith("push"):
             found = self.holds(self.task, self.predicate, data)
+        elif found is None and name.startswith("inward"):
+            found = inward_grasps(self.task, data, self.predicate, self.object)
         elif found is None:
             own, way = name.startswith("own"), name[: name.rfind(" ") + 1]
             found = own_grasps(self.task, data, self.object, way) if own else top_grasps(self.task, data, self.object, name)
@@ -698,9 +749,9 @@ class PickPlace:
         self.side = UP if self.grasp.rotation[2, 2] < -0.99 else -self.grasp.rotation[:, 2]  # where the hand comes from
         self.reach = detour(self.factors["path"], self.side)
         self.shape = (points - origin) @ turn
-        pushed = name.startswith("push")
+        pushed, self.inward = name.startswith("push"), name.startswith("inward")
         if not pushed and self.predicate.kind != "ontop" and (place := self._find_place(data, points)) is not None:
-            self.place, self.carry = place, (place.height, self.CARRY[1])
+            self.place, self.carry = place, (place.height, 0.02 if self.inward else self.CARRY[1])
             if (self._frame(data) @ place.out)[2] < 0.9:
                 self.out = self._frame(data) @ place.out
                 self.path = detour(self.factors["path"], self.out)
@@ -748,7 +799,8 @@ class PickPlace:
                 position, rotation, out = find_slot(self.task, data, p, cargo, hand, self.turn, grip)
             except PlanError:
                 (position, rotation), out = drop(fall=True), UP
-            height = 0.14
+            length = float(np.ptp(cargo @ (rotation @ self.turn.T).T @ out))
+            height = length + 0.06 if self.inward else 0.14  # in line with the opening before it gets there
         frame = self._frame(data)
         return Place(frame.T @ (position - data.site_xpos[p.site]), frame.T @ rotation, frame.T @ out, height)
 
@@ -801,10 +853,10 @@ class PickPlace:
         place = origin - self.target(data)
         if self.factors["grasp"].startswith("push"):
             return self._push(data, hand, place)
-        if self._placed(data, place):  # let go, and move away; and once more, if it does not lie as it should
+        if self._placed(data, hand, place):  # let go, and move away; and once more, if it does not lie as it should
             if miss > 0.08 and hand.opening > self._free:
                 self.plan(data)
-                if self._placed(data, origin - self.target(data)):
+                if self._placed(data, hand, origin - self.target(data)):
                     raise PlanError(f"{self.object.name} is where it should be, and does not count")
             back = UP if self.place is None else -hand.rotation[:, 2]
             return (0.05 * back if hand.opening > self._free else 0.0 * UP), self.grasp.rotation, OPEN
@@ -839,12 +891,14 @@ class PickPlace:
         ready = aligned(hand.rotation, self.grasp.rotation)
         return come_in(offset + 0.01 * way, UP, self.reach, *self.REACH, ready), self.grasp.rotation, CLOSE
 
-    def _placed(self, data: mujoco.MjData, place: np.ndarray) -> bool:
+    def _placed(self, data: mujoco.MjData, hand: Hand, place: np.ndarray) -> bool:
         if self.out is UP:
             across, along = place[0] * place[0] + place[1] * place[1], place[2]
         else:
             along = place @ self.out
             across = place @ place - along * along
+            if self.inward and hand.closing < -0.02 and along < 0.03 and across < 0.03**2:
+                return True  # it is being let go, and drops a little
         if across < 0.012**2 and along < 0.012:
             return True
         if across > 0.02**2 or not (0.012 if self.place is None else -0.01) < along < 0.05:
@@ -862,7 +916,9 @@ class PickPlace:
         turn, goal = data.xmat[self.object.body].reshape(3, 3), self._frame(data) @ self.place.rotation
         ready = ramp(0.5 * (np.vdot(turn, goal) - 1.0), 0.955, 0.99)
         free = math.sqrt(moved @ moved) > 0.05
-        rotation = goal @ turn.T @ hand.rotation if free else self.grasp.rotation
+        # what is held by a handle gives a little: the hand would wind up if it were turned after it
+        before, held = (self.turn, self.grasp.rotation) if self.inward else (turn, hand.rotation)
+        rotation = goal @ before.T @ held if free else self.grasp.rotation
         return come_in(place, self.out, self.path, *self.carry, ready), rotation, CLOSE
 
 

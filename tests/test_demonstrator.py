@@ -197,6 +197,28 @@ def test_what_is_put_beside_something_tall_comes_straight_down(drawer_task):
         assert skill.carry[0] > 0.15 if beside else skill.carry == PickPlace.CARRY
 
 
+def test_what_goes_in_through_a_door_is_held_far_out_with_the_hand_leaning_in(drawer_task, monkeypatch):
+    """The drawer is closed again, and then passes for a door."""
+    model, data = drawer_task.model, mujoco.MjData(drawer_task.model)
+    data.qpos[:] = drawer_task.init_states[0, 1 : 1 + model.nq]
+    mujoco.mj_kinematics(model, data)
+    into, out = put_down(drawer_task, "contain", "wooden_cabinet_1_top_region"), DIRECTIONS["near"]
+    (joint,) = drawer_task.sites[into.args[1]].joints
+    close = Predicate("close", (into.args[1],), "joint", qpos=(int(model.jnt_qposadr[joint]),))
+    closing = dataclasses.replace(drawer_task, goal=[into, close])
+    assert skills.closed_later(drawer_task, into) is None and skills.closed_later(closing, into) == joint
+    monkeypatch.setattr(skills, "openings", lambda *args: [out])
+    usual = set(PickPlace.holds(drawer_task, into, data))
+    assert set(PickPlace.holds(closing, into, data)) == usual and "left" in usual
+    monkeypatch.setattr(skills.mujoco.mjtJoint, "mjJNT_HINGE", model.jnt_type[joint])
+    found = PickPlace.holds(closing, into, data)
+    assert list(found) == ["inward", "inward flipped"]
+    points = skills.world_points(data, skills.surface_points(model, drawer_task.objects[into.args[0]].geoms))
+    for g in found.values():
+        np.testing.assert_allclose(g.rotation[:, 2], -np.sqrt(0.5) * (out + UP), atol=1e-12)
+        assert (points @ out < g.position @ out).mean() > 0.8 and abs(g.rotation[0, 0]) < 1e-9
+
+
 def test_what_is_closed_is_opened_first_and_closed_last(drawer_task):
     model, data = drawer_task.model, mujoco.MjData(drawer_task.model)
     data.qpos[:] = drawer_task.init_states[0, 1 : 1 + model.nq]
