@@ -227,6 +227,7 @@ def plot_scaling(path: Path, cells: dict[tuple[str, int], list[dict]]) -> None:
         errors = [[100 * abs(p["interval"][i] - p["success_rate"]) for _, p in points] for i in (0, 1)]
         axes.errorbar([n for n, _ in points], rates, errors, marker="o", capsize=3, label=NAMES[source])
     axes.set(xlabel="pretraining episodes a task", ylabel="success on the downstream tasks (%)", ylim=(-2, 102))
+    axes.set_xticks(sorted({n for _, n in cells if n}))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(title="pretrained on", frameon=False)
     with atomic_path(path) as temporary:
