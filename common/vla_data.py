@@ -240,13 +240,16 @@ def batches(chunks: Chunks, order: Order, steps: range, parts: Sequence[slice], 
         yield from loader
     except UserError as error:  # from a worker it comes with that worker's traceback
         raise UserError(str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")) from None
-    except RuntimeError as error:
+    except (RuntimeError, ConnectionError, EOFError) as error:
         raise explained(error) from None
 
 
-def explained(error: RuntimeError) -> Exception:
-    """What DataLoader says when a worker dies, as a UserError; another error as it is."""
-    if "DataLoader worker" not in str(error):
+def explained(error: Exception) -> Exception:
+    """What DataLoader says when a worker dies, as a UserError; another error as it is.
+
+    If the worker dies while it hands a batch over, that is the broken connection.
+    """
+    if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
         return error
     return UserError("a process that reads the corpora was killed (out of memory?); --resume the run, perhaps with more memory free")
 

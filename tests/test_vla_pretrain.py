@@ -499,6 +499,24 @@ def test_a_killed_reader(corpus, tmp_path, monkeypatch):
     assert same(run_training(corpus, tmp_path / "run", steps=8, num_workers=1), whole)
 
 
+@pytest.mark.parametrize("error", [RuntimeError("DataLoader worker (pid 7) is killed"), ConnectionResetError(), EOFError()])
+def test_a_reader_killed_at_any_moment(monkeypatch, error):
+    def batches_until_it_dies(*args, **kwargs):
+        yield {}
+        raise error
+
+    monkeypatch.setattr(vla_data, "DataLoader", batches_until_it_dies)
+    source = vla_data.batches(None, None, range(0), [], 1, False)
+    assert next(source) == {}
+    with pytest.raises(UserError, match="was killed .*--resume"):
+        next(source)
+
+
+def test_another_error_of_a_reader_stays_what_it_is():
+    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    assert vla_data.explained(error) is error
+
+
 def test_an_instruction_too_long(corpus):
     with pytest.raises(UserError, match="has 300 bytes"):
         micro_model(read_corpora([corpus])).text.tokenize(["x" * 300])
