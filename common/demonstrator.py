@@ -526,9 +526,12 @@ def collect(
 
 
 def replays(task: Task, episode: Episode) -> bool:
-    """Whether an episode's actions alone, from its first state, reach success."""
+    """Whether an episode's actions alone, from its first state, reach success.
+
+    The gripper's controller starts in the middle, as in a replay in LIBERO's environment: a file holds no memory of it.
+    """
     env = make_env(task, 1, autoreset_mode=AutoresetMode.DISABLED, max_steps=episode.length)
-    env.set_state(episode.states[:1], gripper=np.array([-1.0]))
+    env.set_state(episode.states[:1])
     reached = any(env.step(action[None])[2][0] for action in episode.actions)
     env.close()
     return reached
