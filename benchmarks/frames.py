@@ -75,7 +75,7 @@ def main() -> None:
         axis.imshow(picture)
         axis.set_title("\n".join(textwrap.wrap(title, 16 * args.frames)), fontsize=7)
     with atomic_path(args.out) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+        figure.savefig(temporary, dpi=85, format="png")  # about a pixel of the picture for one of a frame
 
 
 if __name__ == "__main__":
