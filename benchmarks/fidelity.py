@@ -420,7 +420,7 @@ def demonstrations(task: Task, count: int = 2) -> list[Episode]:
     from common.demonstrator import collect
 
     try:
-        return collect(task, count, verify=True, progress=False)
+        return collect(task, count, replayable=True, progress=False)
     except UserError:
         return []
 

@@ -602,7 +602,7 @@ class Recorder:
         episodes = []
         for i in finished:
             steps = self._steps[self._starts[i] :]
-            arrays = {name: np.stack([step[name][i] for step in steps]) for name in steps[0]}
+            arrays = {name: np.array([step[name][i] for step in steps]) for name in steps[0]}
             episode = Episode(
                 actions=arrays["actions"],
                 states=arrays["states"],

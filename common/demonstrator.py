@@ -419,11 +419,18 @@ class Attempt:
 
 
 def perform(
-    task: Task, next_attempt: Callable[[], Attempt | None], noise: float, num_envs: int, max_steps: int | None = None
+    task: Task,
+    next_attempt: Callable[[], Attempt | None],
+    noise: float,
+    num_envs: int,
+    max_steps: int | None = None,
+    replayable: bool = False,
 ) -> Iterator[tuple[Attempt, Episode]]:
     """Make the attempts that `next_attempt` hands out (None: no more for now), `num_envs` at a time; yields (attempt, episode).
 
-    An attempt ends at success, after `max_steps` (default: the task's), or when its demonstrator gives up.
+    An attempt ends at success, after `max_steps` (default: the task's), or when its demonstrator gives up. If it is to be
+    `replayable`, it starts from nothing but its first state, without the memory of controller and solver that no file holds,
+    as a replay will.
     """
     env = make_env(task, num_envs, autoreset_mode=AutoresetMode.DISABLED, max_steps=max_steps)
     recorder = Recorder(env)
@@ -440,6 +447,8 @@ def perform(
             if attempt.init_state is not None:
                 options["init_state"] = attempt.init_state
             env.reset(seed=int(rng.integers(2**31)), options=options)
+            if replayable:
+                env.set_state(env.get_state()[i : i + 1], envs=np.array([i]))
             running[i] = attempt, Demonstrator(task, attempt.strategy, noise, rng)
 
     launch()
@@ -469,7 +478,7 @@ def collect(
     strategy: int | None = None,
     keep_failures: bool = False,
     init_states: Sequence[int] | None = None,
-    verify: bool = False,
+    replayable: bool = False,
     progress: bool = True,
 ) -> list[Episode]:
     """Let the demonstrator do a task until there are `num_episodes` successful episodes, equally many of each strategy.
@@ -481,8 +490,8 @@ def collect(
         noise: standard deviation of the action noise.
         strategy: index of the only strategy to use; default all.
         keep_failures: take the first attempts, successful or not.
-        verify: count an episode as successful only if it `replays`.
         init_states: official init states; the k-th attempt starts from the k-th, cyclically. Default: training states.
+        replayable: start as a replay does, so that from an episode's first state its actions alone reach success (see `perform`).
 
     Returns episodes in the order (round, strategy). Their attrs: strategy (name), strategy_index, init_state (-1 for a
     training state), seed, attempt, noise, source.
@@ -513,28 +522,15 @@ def collect(
         return Attempt((s, k), repertoire[s], [seed, s, k], None if init_states is None else int(init_states[k % len(init_states)]))
 
     with tqdm(total=num_episodes, desc=f"demonstrations of {task.id}", disable=None if progress else True) as bar:
-        for attempt, episode in perform(task, next_attempt, noise, min(num_envs, num_episodes)):
+        for attempt, episode in perform(task, next_attempt, noise, min(num_envs, num_episodes), replayable=replayable):
             s, k = attempt.key
             start = -1 if attempt.init_state is None else attempt.init_state
             episode.attrs.update(strategy=repertoire[s].name, strategy_index=s, init_state=start, seed=seed, attempt=k)
             episode.attrs.update(noise=noise, source="scripted")
-            good = episode.success and (not verify or replays(task, episode))
-            results[s][k] = episode if good or keep_failures else None
+            results[s][k] = episode if episode.success or keep_failures else None
             bar.update(sum(len(taken(s)) for s in chosen) - bar.n)
     rounds = [[(k, s, e) for k, e in enumerate(taken(s))] for s in chosen]
     return [e for _, _, e in heapq.merge(*rounds, key=lambda row: row[:2])]
-
-
-def replays(task: Task, episode: Episode) -> bool:
-    """Whether an episode's actions alone, from its first state, reach success.
-
-    The gripper's controller starts in the middle, as in a replay in LIBERO's environment: a file holds no memory of it.
-    """
-    env = make_env(task, 1, autoreset_mode=AutoresetMode.DISABLED, max_steps=episode.length)
-    env.set_state(episode.states[:1])
-    reached = any(env.step(action[None])[2][0] for action in episode.actions)
-    env.close()
-    return reached
 
 
 def load_or_collect(task: Task, num_episodes: int, seed: int = 0, noise: float = 0.1, progress: bool = True) -> list[Episode]:
@@ -592,7 +588,7 @@ def _demonstrate(task_id: str, path: Path, args: Args, progress: bool) -> list[s
     except (OSError, UserError):
         episodes = []
     if len(episodes) != args.episodes or any(e.attrs.get(k) != v for e in episodes for k, v in made.items()):
-        episodes = collect(task, args.episodes, args.seed, args.noise, args.num_envs, verify=True, progress=progress)
+        episodes = collect(task, args.episodes, args.seed, args.noise, args.num_envs, replayable=True, progress=progress)
         write_demonstrations(path, task, episodes)
     lengths: dict[str, list[int]] = {}
     for e in episodes:

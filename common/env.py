@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -449,8 +450,8 @@ def proprioception(task: Task, data: mujoco.MjData) -> dict[str, np.ndarray]:
 
 def axis_angle(quat_wxyz: np.ndarray) -> np.ndarray:
     """Axis-angle vector of a unit quaternion as robosuite's `quat2axisangle` gives it: angle 2 acos(w), in [0, 2 pi]."""
-    w = float(np.clip(quat_wxyz[0], -1.0, 1.0))
-    norm = np.sqrt(1.0 - w * w)
+    w = min(1.0, max(-1.0, float(quat_wxyz[0])))
+    norm = math.sqrt(1.0 - w * w)
     return np.zeros(3) if norm <= 1e-8 else np.asarray(quat_wxyz[1:]) * (2.0 * np.arccos(w) / norm)
 
 
@@ -608,7 +609,7 @@ class LiberoVectorEnv(LiberoEnv):
     def proprioception(self) -> dict[str, np.ndarray]:
         """LIBERO's robot observations, (num_envs, .) each; see `proprioception`."""
         rows = [proprioception(self.task, d) for d in self.data]
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
     def snapshot(self) -> dict:
         """Everything that the future depends on: `restore` goes on exactly from here."""
