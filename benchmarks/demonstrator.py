@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from common.cli import UserError, atomic_path, run_command
 from common.demonstrator import Attempt, perform, strategies
+from common.env import share_cores
 from common.standins import is_standin
 from common.tasks import SUITES, assets_fingerprint, find_assets, load_task, resolve, task_names
 
@@ -119,7 +120,8 @@ def main() -> None:
     asked |= {"init_states": args.init_states, "each_strategy": args.each_strategy, "noise": args.noise, "seed": args.seed}
     rows = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
     done = {row["task"]: row for row in rows if all(row.get(k) == v for k, v in asked.items())}
-    with ProcessPoolExecutor(min(args.workers, len(tasks)), mp_context=get_context("spawn")) as pool:
+    workers = min(args.workers, len(tasks))
+    with ProcessPoolExecutor(workers, get_context("spawn"), share_cores, (workers,)) as pool:
         rest = [t for t in tasks if t not in done]
         how = args.assets, args.init_states, args.each_strategy, args.noise, args.seed
         futures = [pool.submit(measure, t, *how) for t in rest]

@@ -50,7 +50,7 @@ from gymnasium.vector import AutoresetMode
 from common.cli import UserError, run_command
 from common.data import Episode
 from common.demonstrator import Demonstrator, Strategy, strategies
-from common.env import NO_OP, make_env, predicate_holds, success
+from common.env import NO_OP, make_env, predicate_holds, share_cores, success
 from common.metrics import wilson_interval
 from common.networks import make_obs_encoder
 from common.rollout import roll_out
@@ -551,9 +551,10 @@ def main() -> None:
 
     progress = Progress()
     progress.stage("fidelity", len(parts), done=len(parts) - len(jobs))
-    processes = args.processes or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processes = min(args.processes or cores, max(1, len(jobs)))
     # Fresh processes: LIBERO changes numpy's global generator and leaks a model at every reset.
-    with multiprocessing.get_context("spawn").Pool(min(processes, max(1, len(jobs))), maxtasksperchild=8) as pool:
+    with multiprocessing.get_context("spawn").Pool(processes, share_cores, (processes,), maxtasksperchild=8) as pool:
         for task_id, result in pool.imap_unordered(_job, jobs):
             tasks[task_id] = tasks.get(task_id, {}) | result
             progress.update(1, f"{task_id} {result.get('seconds', '')} s {result.get('error', '')}")

@@ -34,7 +34,7 @@ from gymnasium.vector import AutoresetMode
 from common import skills, tasks
 from common.cli import UserError, atomic_path, cache_dir, run_command
 from common.data import Episode, Recorder, read_episodes, write_episodes
-from common.env import NO_OP, make_env, predicate_holds
+from common.env import NO_OP, make_env, predicate_holds, share_cores
 from common.skills import (
     GAIN,
     OPEN,
@@ -613,8 +613,8 @@ def main() -> None:
         ((task_id, path),) = paths.items()
         print(*_demonstrate(task_id, path, args, True), path, sep="\n")
         return
-    failures = []
-    with ProcessPoolExecutor(min(args.workers, len(paths)), mp_context=get_context("spawn")) as pool:
+    failures, workers = [], min(args.workers, len(paths))
+    with ProcessPoolExecutor(workers, get_context("spawn"), share_cores, (workers,)) as pool:
         futures = {pool.submit(_demonstrate, task_id, path, args, False): task_id for task_id, path in paths.items()}
         for future in tqdm(as_completed(futures), total=len(futures), desc=f"demonstrations of {args.suite}"):
             try:

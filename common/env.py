@@ -458,6 +458,15 @@ def axis_angle(quat_wxyz: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- the environment
 
 
+_processes = 1
+
+
+def share_cores(processes: int) -> None:
+    """Say in each of several processes that work side by side that the cores are shared: environments take one share of them."""
+    global _processes
+    _processes = processes
+
+
 class LiberoEnv(VectorEnv):
     """What both backends share, whatever simulates: spaces, limits, and checks of what they are given."""
 
@@ -544,7 +553,7 @@ class LiberoVectorEnv(LiberoEnv):
         self._elapsed = np.zeros(num_envs, np.int64)
         self._state_indices = np.zeros(num_envs, np.int64)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self._all, self._num_threads = np.arange(num_envs), num_threads or cores
+        self._all, self._num_threads = np.arange(num_envs), num_threads or max(1, cores // _processes)
         self._threads = ThreadPoolExecutor(self._num_threads)
 
     # ------------------------------------------------------------------ gymnasium's interface

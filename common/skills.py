@@ -76,6 +76,17 @@ def nearby_points(task: Task, data: mujoco.MjData, centre: np.ndarray, ignore: S
     return world_points(data, clouds)
 
 
+@numba.njit(cache=True)
+def height_map(points, low, shape, cell):
+    """(shape) height of the highest of (n, 3) points in each cell of a grid that begins at `low` (2,), -inf where there is none."""
+    heights = np.full((shape[0], shape[1]), -np.inf)
+    for n in range(len(points)):
+        i, j = math.floor((points[n, 0] - low[0]) / cell), math.floor((points[n, 1] - low[1]) / cell)
+        if 0 <= i < shape[0] and 0 <= j < shape[1] and points[n, 2] > heights[i, j]:
+            heights[i, j] = points[n, 2]
+    return heights
+
+
 def hand_rotation(finger: np.ndarray, approach: np.ndarray) -> np.ndarray:
     """Rotation matrix of the grip site whose fingers move along `finger` and whose palm looks along `approach`."""
     finger = finger - approach * (finger @ approach)
@@ -119,18 +130,11 @@ def find_grasps(target: np.ndarray, scene: np.ndarray, rotation: np.ndarray, dep
     margin = int(HAND_HALF_LENGTH / CELL) + 1
     low, size = lower - margin * CELL, shape + 2 * margin
 
-    def height_map(points):
-        heights = np.full(size, -np.inf)
-        cells = ((points[:, :2] - low) / CELL).astype(int)
-        inside = ((cells >= 0) & (cells < size) & (points[:, :2] >= low)).all(1)
-        np.maximum.at(heights, tuple(cells[inside].T), -points[inside, 2])
-        return heights
-
     def profile(heights, x, y):  # (shape[0], shape[1], 2x+1) along the finger axis, y cells to both sides, at each cell of the footprint
         wide = maximum_filter1d(heights, 2 * y + 1, axis=1, mode="constant", cval=-np.inf)
         return sliding_window_view(wide, 2 * x + 1, axis=0)[margin - x : margin - x + shape[0], margin : margin + shape[1]]
 
-    thing, everything = height_map(local), height_map(scene @ rotation)
+    thing, everything = (height_map(points * (1.0, 1.0, -1.0), low, size, CELL) for points in (local, scene @ rotation))
     gap, outer, half_width = int(PAD_HALF_GAP / CELL), int(FINGER_OUTER / CELL), int(FINGER_HALF_WIDTH / CELL)
     between = profile(thing, gap, 2)
     top = between[..., gap - 3 : gap + 4].max(-1)
@@ -424,14 +428,6 @@ def slack(predicate: Predicate, centre: np.ndarray, frame: np.ndarray, origins: 
     return np.minimum(low, high)[:, :axes].min(1)
 
 
-def height_map(points: np.ndarray, low: np.ndarray, size: int, cell: float) -> np.ndarray:
-    heights = np.full((size, size), -np.inf)
-    cells = np.floor((points[:, :2] - low) / cell).astype(int)
-    inside = ((cells >= 0) & (cells < size)).all(1)
-    np.maximum.at(heights, tuple(cells[inside].T), points[inside, 2])
-    return heights
-
-
 def columns(points: np.ndarray, cell: float) -> tuple[np.ndarray, np.ndarray]:
     """The lower side of (n, 3) points: the cells (m, 2) int that it covers, and its height in each of them (m,)."""
     cells = np.floor(points[:, :2] / cell + 0.5).astype(int)
@@ -442,15 +438,21 @@ def columns(points: np.ndarray, cell: float) -> tuple[np.ndarray, np.ndarray]:
     return np.argwhere(covered) + low, under[covered]
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, fastmath={"nnan", "nsz", "reassoc"})
 def rest(cells, under, surface, spots):
-    """(n,) heights at which something of `columns` (cells, under) touches the height map `surface`, at each of the spots (n, 2) int."""
-    heights = np.full(len(spots), -np.inf)
+    """(n,) heights at which something of `columns` (cells, under) touches the height map `surface`, at each of the spots (n, 2) int.
+
+    What would reach beyond the map's edge is taken to lie inside it.
+    """
+    rows, width = surface.shape
+    flat, offsets, heights = surface.ravel(), cells[:, 0] * width + cells[:, 1], np.empty(len(spots))
+    i_low, i_high, j_low, j_high = -cells[:, 0].min(), rows - 1 - cells[:, 0].max(), -cells[:, 1].min(), width - 1 - cells[:, 1].max()
     for s in range(len(spots)):
+        i, j = min(max(spots[s, 0], i_low), i_high), min(max(spots[s, 1], j_low), j_high)
+        height = -np.inf
         for c in range(len(cells)):
-            i = min(max(spots[s, 0] + cells[c, 0], 0), surface.shape[0] - 1)
-            j = min(max(spots[s, 1] + cells[c, 1], 0), surface.shape[1] - 1)
-            heights[s] = max(heights[s], surface[i, j] - under[c])
+            height = max(height, flat[i * width + j + offsets[c]] - under[c])
+        heights[s] = height
     return heights
 
 
@@ -481,10 +483,10 @@ def find_drop(
     Raises PlanError if there is no place.
     """
     centre, frame = data.site_xpos[predicate.site], data.site_xmat[predicate.site].reshape(3, 3)
-    cell, size = CELL, 200
-    low = centre[:2] - 0.5 * cell * size
+    cell, shape = CELL, np.array([200, 200])
+    low = centre[:2] - 0.5 * cell * shape
     body = task.model.body_rootid[predicate.body]
-    scene = height_map(nearby_points(task, data, centre, [body], 0.4), low, size, cell)
+    scene = height_map(nearby_points(task, data, centre, [body], 0.4), low, shape, cell)
 
     def widened(cells):  # a margin on every side
         return maximum_filter(scene, 2 * cells + 1, mode="constant", cval=-np.inf)
@@ -535,12 +537,21 @@ def find_drop(
 
 def inside_solids(model: mujoco.MjModel, data: mujoco.MjData, geoms: np.ndarray, points: np.ndarray, margin: float) -> bool:
     """Whether any of the (n, 3) points is inside a geom's bounding box, widened by `margin`."""
-    reach = np.linalg.norm(model.geom_aabb[geoms, :3], axis=1) + np.linalg.norm(model.geom_aabb[geoms, 3:], axis=1) + margin
-    apart = np.maximum(points.min(0) - data.geom_xpos[geoms], data.geom_xpos[geoms] - points.max(0)).max(1)
-    geoms = geoms[apart < reach]  # the others are too far away
-    frames = data.geom_xmat[geoms].reshape(-1, 3, 3)
-    local = np.einsum("gnk,gkj->gnj", points[None] - data.geom_xpos[geoms][:, None], frames) - model.geom_aabb[geoms, None, :3]
-    return bool((np.abs(local) < model.geom_aabb[geoms, None, 3:] + margin).all(-1).any())
+    return _inside_boxes(points, geoms, data.geom_xpos, data.geom_xmat, model.geom_aabb, margin)
+
+
+@numba.njit(cache=True)
+def _inside_boxes(points, geoms, positions, frames, boxes, margin):
+    for g in geoms:
+        for n in range(len(points)):
+            x, y, z = points[n, 0] - positions[g, 0], points[n, 1] - positions[g, 1], points[n, 2] - positions[g, 2]
+            inside = True
+            for j in range(3):
+                along = x * frames[g, j] + y * frames[g, 3 + j] + z * frames[g, 6 + j]
+                inside = inside and abs(along - boxes[g, j]) < boxes[g, 3 + j] + margin
+            if inside:
+                return True
+    return False
 
 
 def solid_geoms(task: Task, data: mujoco.MjData, body: int, centre: np.ndarray, radius: float) -> np.ndarray:
