@@ -281,6 +281,16 @@ def test_only_active_environments_move(drawer_task):
     np.testing.assert_array_equal(env.get_state(), before)
 
 
+def test_processes_that_work_side_by_side_share_the_cores(drawer_task, monkeypatch):
+    monkeypatch.setattr(env_module.os, "sched_getaffinity", lambda pid: range(6), raising=False)
+    for processes, threads in ((1, 6), (2, 3), (4, 1), (12, 1)):
+        monkeypatch.setattr(env_module, "_processes", 1)
+        env_module.share_cores(processes)
+        env = make_env(drawer_task, 1)
+        assert env._num_threads == threads
+        env.close()
+
+
 def test_num_envs_and_threads_change_nothing(drawer_task):
     actions = random_actions(6, 15)
     runs = []
