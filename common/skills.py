@@ -329,7 +329,8 @@ def own_grasps(task: Task, data: mujoco.MjData, obj, only: str = "") -> dict[str
     scene = scene_around(task, data, obj)
     heavy = data.subtree_com[obj.body]
     axes = data.xmat[obj.body].reshape(3, 3)
-    level = axes[:, np.argmin(np.abs(axes[2, :2]))] * (1.0, 1.0, 0.0)  # the more horizontal of the object's first two axes
+    first = abs(axes[2, 0]) < abs(axes[2, 1]) + 0.3  # the second of the object's axes only where that lies flatter by far
+    level = axes[:, 0 if first else 1] * (1.0, 1.0, 0.0)
     level /= np.linalg.norm(level)
     found: dict[str, Grasp] = {}
     for tilt in (0.0, 45.0):

@@ -173,6 +173,21 @@ def test_what_the_hand_has_no_room_to_put_down_falls_in(drawer_task):
     assert slack(p, centre, frame, np.array([[*origin[:2], under + bottom]]))[0] > 0.0
 
 
+def test_the_names_of_an_objects_own_grasps_do_not_hang_on_how_it_rocks(drawer_task):
+    bowl, data = next(o for o in drawer_task.objects.values() if not o.fixture), mujoco.MjData(drawer_task.model)
+    data.qpos[:] = drawer_task.init_states[0, 1 : 1 + drawer_task.model.nq]
+    found = []
+    for tilt in ((1e-3, 0.0, 0.0), (0.0, 1e-3, 0.0)):
+        w, x, y, z = Rotation.from_rotvec(tilt).as_quat(scalar_first=True)
+        data.qpos[bowl.joint_qpos + 3 : bowl.joint_qpos + 7] = w, x, y, z
+        mujoco.mj_kinematics(drawer_task.model, data)
+        found.append(skills.own_grasps(drawer_task, data, bowl))
+    common = found[0].keys() & found[1].keys()
+    assert len(common) > 5
+    for name in common:
+        np.testing.assert_allclose(found[0][name].rotation, found[1][name].rotation, atol=0.01)
+
+
 def test_things_come_to_rest_on_a_height_map():
     rng = np.random.default_rng(0)
     cells, under = skills.columns(box((0.011, 0.02, 0.015)), CELL)
@@ -394,6 +409,22 @@ def test_what_takes_long_counts_where_nothing_else_works(drawer_task, monkeypatc
     else:
         assert {f["contact"] for f in demonstrator._rehearse(drawer_task)} == {"middle"}
     assert len(contacts) > 1
+
+
+@pytest.mark.parametrize("hard, works", [({3, 5}, True), ({1, 3}, False)])
+def test_what_works_mostly_counts_where_nothing_passes(drawer_task, monkeypatch, hard, works):
+    """Episodes are made up: of the training states that all ways begin in, two are too hard for any of them."""
+
+    def perform(task, next_attempt, noise, num_envs, max_steps):
+        while (attempt := next_attempt()) is not None:
+            yield attempt, SimpleNamespace(success=attempt.seed[0] not in hard)
+
+    monkeypatch.setattr(demonstrator, "perform", perform)
+    if works:  # four of six
+        assert len(demonstrator._rehearse(drawer_task)) == demonstrator.MAX_STRATEGIES
+    else:  # two of four
+        with pytest.raises(UserError, match="finds no way that works"):
+            demonstrator._rehearse(drawer_task)
 
 
 def test_rehearsal_of_several_steps_finds_the_choice_that_is_to_blame(drawer_task, monkeypatch):
