@@ -11,7 +11,6 @@ measured again, so that a long one can be interrupted.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from common.cli import UserError, atomic_path, run_command
+from common.cli import UserError, atomic_path, run_command, usable_cores
 from common.demonstrator import Attempt, perform, strategies
 from common.env import share_cores
 from common.standins import is_standin
@@ -48,7 +47,7 @@ class Args:
     noise: float = 0.1
     """standard deviation of the action noise"""
     seed: int = 0
-    workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers: int = usable_cores()
     """tasks measured at a time, each in a process of its own"""
     assets: str | None = None
     """LIBERO's asset folder, or standin (default: $LIBERO_ASSETS, else LIBERO's own, else a download, else stand-ins)"""

@@ -47,7 +47,7 @@ import mujoco
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from common.cli import UserError, run_command
+from common.cli import UserError, run_command, usable_cores
 from common.data import Episode
 from common.demonstrator import Demonstrator, Strategy, strategies
 from common.env import NO_OP, make_env, predicate_holds, share_cores, success
@@ -551,8 +551,7 @@ def main() -> None:
 
     progress = Progress()
     progress.stage("fidelity", len(parts), done=len(parts) - len(jobs))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    processes = min(args.processes or cores, max(1, len(jobs)))
+    processes = min(args.processes or usable_cores(), max(1, len(jobs)))
     # Fresh processes: LIBERO changes numpy's global generator and leaks a model at every reset.
     with multiprocessing.get_context("spawn").Pool(processes, share_cores, (processes,), maxtasksperchild=8) as pool:
         for task_id, result in pool.imap_unordered(_job, jobs):

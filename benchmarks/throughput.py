@@ -44,7 +44,7 @@ import mujoco
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from common.cli import UserError, run_command
+from common.cli import UserError, run_command, usable_cores
 from common.env import SUBSTEPS, make_env
 from common.render import CAMERAS, make_renderer
 from common.runs import Progress, versions, write_json
@@ -472,7 +472,7 @@ def main() -> None:
         find_device("cuda")
     args.assets = str(find_assets(args.assets))
     tasks = [f"{suite}/{index}" for suite, index in map(resolve, args.task)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes of LIBERO: one core each
     progress, results = Progress(), {}
     gl, reason = find_gl() if args.pixels else (None, "")

@@ -1,4 +1,4 @@
-"""What every command shares: one-line errors, files that appear whole, the cache folder, a run's config."""
+"""What every command shares: one-line errors, files that appear whole, the cache folder, the usable cores."""
 
 from __future__ import annotations
 
@@ -55,6 +55,11 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def usable_cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cache_dir() -> Path:

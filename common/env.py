@@ -10,7 +10,6 @@ import ctypes
 import functools
 import logging
 import math
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +24,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from common.cli import UserError
+from common.cli import UserError, usable_cores
 from common.tasks import Predicate, Task, load_task
 
 SUBSTEPS = 25  # 20 Hz control over 500 Hz physics
@@ -552,8 +551,7 @@ class LiberoVectorEnv(LiberoEnv):
         self._near, self._obs = np.zeros(num_envs, bool), np.zeros((num_envs, self.observe.size), np.float32)
         self._elapsed = np.zeros(num_envs, np.int64)
         self._state_indices = np.zeros(num_envs, np.int64)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self._all, self._num_threads = np.arange(num_envs), num_threads or max(1, cores // _processes)
+        self._all, self._num_threads = np.arange(num_envs), num_threads or max(1, usable_cores() // _processes)
         self._threads = ThreadPoolExecutor(self._num_threads)
 
     # ------------------------------------------------------------------ gymnasium's interface

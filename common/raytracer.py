@@ -7,7 +7,6 @@ Every geom becomes a triangle mesh. `common.render` is the interface; this modul
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,6 +14,8 @@ import mujoco
 import numpy as np
 import warp as wp
 from PIL import Image
+
+from common.cli import usable_cores
 
 wp.set_module_options({"enable_backward": False, "fast_math": True})
 
@@ -456,7 +457,7 @@ class RayTracer:
         scene.cameras = self._structs(Camera, id=camera_ids, pixel=pixel, fixed=fixed)
         scene.drawn = self._array(~(fixed[:, None] & unmoved), int, 2)
         if device == "cpu":
-            self.threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+            self.threads = threads or usable_cores()
             self.pool = ThreadPoolExecutor(self.threads)
 
     def _array(self, values, dtype, ndim: int = 1) -> wp.array:

@@ -13,6 +13,7 @@ import pytest
 from gymnasium.vector import AutoresetMode
 from scipy import stats
 
+from common import cli
 from common import env as env_module
 from common.cli import UserError
 from common.env import make_env, observe_states, predicate_holds, success
@@ -282,7 +283,7 @@ def test_only_active_environments_move(drawer_task):
 
 
 def test_processes_that_work_side_by_side_share_the_cores(drawer_task, monkeypatch):
-    monkeypatch.setattr(env_module.os, "sched_getaffinity", lambda pid: range(6), raising=False)
+    monkeypatch.setattr(cli.os, "sched_getaffinity", lambda pid: range(6), raising=False)
     for processes, threads in ((1, 6), (2, 3), (4, 1), (12, 1)):
         monkeypatch.setattr(env_module, "_processes", 1)
         env_module.share_cores(processes)
