@@ -729,7 +729,7 @@ def main() -> None:
     renderer, videos = rollout.find_renderer(args.obs, args.videos, args.corpus_images, progress)
     how = {"obs": args.obs, "image_size": args.image_size, "backend": args.backend, "device": args.device}
     train_env = make_env(task, args.num_envs, seed=args.seed, **how)
-    eval_env = make_env(task, args.num_envs, seed=args.seed, **how, autoreset_mode=AutoresetMode.DISABLED)
+    eval_env = make_env(task, min(args.num_envs, 64), seed=args.seed, **how, autoreset_mode=AutoresetMode.DISABLED)
     demos, demo_source = rollout.load_demos(args.demos, task, args.num_demos, args.demo_noise, args.seed, progress)
     checkpoint = {"script": "diffusion_ppo", "task": task.id, "stage": "start", "seconds": 0.0}
     if run is None:
@@ -758,7 +758,7 @@ def main() -> None:
     # 1. Learn
     torch.manual_seed(args.seed + 1)
     agent = Agent(args, make_obs_encoder(train_env.single_observation_space)).to(args.device)
-    policy = ChunkPolicy(agent, args.num_envs, args.execute)
+    policy = ChunkPolicy(agent, eval_env.num_envs, args.execute)
     if checkpoint["stage"] == "start":
         demo_obs = rollout.observe_demos(train_env, demos, progress)
         progress.stage("Learn", args.learn_epochs)

@@ -15,6 +15,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import mujoco
 import numpy as np
@@ -755,6 +756,8 @@ class LiberoWarpEnv(LiberoEnv):
 
     def _record(self) -> None:
         """The control step as one CUDA graph. A step before that, and a start state before that, since recording loads no code."""
+        if not any(Path(wp.config.kernel_cache_dir).glob("*/*.sm*")):
+            logging.getLogger(__name__).warning("compiling the simulator's kernels for %s, once: this takes minutes", self.device.name)
         self._restart(np.ones(self.num_envs, bool), np.zeros(self.num_envs, np.int32))
         self._control_step()
         wp.synchronize_device(self.device)
