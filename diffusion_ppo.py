@@ -149,6 +149,10 @@ class Args:
     """floor of a trained denoising step's standard deviation when Reinforce begins, in units of the action range"""
     std_end: float = 0.08
     """and when it ends (geometric schedule): evaluation and the corpus take the mean action, so training must come near it"""
+    chunk_noise: Literal["shared", "independent"] = "shared"
+    """exploration of a trained step: one offset for all actions of a chunk, or noise of its own for each (DPPO)"""
+    start_noise: bool = False
+    """also sample what PPO does not train, noise to start from and the steps before the last K' (DPPO), instead of their mean"""
     max_grad_norm: float = 0.5
     """gradients are clipped to this norm"""
     kl_coef: float = 0.01
@@ -336,6 +340,8 @@ class Agent(nn.Module):
         self.register_buffer("alpha_bar", cosine_alpha_bar(args.denoising_steps).float())
         self.chain = Chain(args.denoising_steps, args.ddim_steps, args.ddim_eta)
         self.frozen_steps = len(self.chain) - args.finetune_steps
+        self.sharing = args.chunk if args.chunk_noise == "shared" else 1  # actions that share PPO's noise
+        self.start_noise = args.start_noise
         self.actor = Denoiser(args, obs_encoder, action_size)
         self.base = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic = mlp([obs_encoder.size, args.hidden, args.hidden, 1], out_std=1.0)
@@ -361,13 +367,14 @@ class Agent(nn.Module):
         """Denoise a chunk for each observation (N, ...).
 
         `floor`: least standard deviation of the trained steps; None: no noise anywhere, and zero to start from (the mean of
-        pure noise), so that the chunk is a function of the observation.
+        pure noise), so that the chunk is a function of the observation. Without `start_noise`, there is only that of the trained steps.
 
         Returns: the noisy chunks before and after each trained step, (N, K' + 1, D), the last one is what to execute; the
             means of the trained steps, (N, K', D).
         """
         size = self.shape[0] * self.shape[1]
-        x = (torch.zeros if floor is None else torch.randn)(len(obs), size, device=self.device)
+        sampled = floor is not None and self.start_noise
+        x = (torch.randn if sampled else torch.zeros)(len(obs), size, device=self.device)
         path, means = [], []
         for i in range(len(self.chain)):
             if i in (0, self.frozen_steps):  # the observation is encoded once by each of the two
@@ -379,18 +386,24 @@ class Agent(nn.Module):
                 path.append(x)
                 means.append(mean)
             x = mean
-            if floor is not None:
-                std = self.stds(step, floor) if i >= self.frozen_steps else self.chain.sigma[step]
-                x = mean + std[:, None] * torch.randn_like(mean)
+            if i < self.frozen_steps and sampled:
+                x = mean + self.chain.sigma[i] * torch.randn_like(mean)
+            elif i >= self.frozen_steps and floor is not None:
+                noise = torch.randn(len(obs), size // self.sharing, device=self.device).repeat(1, self.sharing)
+                x = mean + self.stds(step, floor)[:, None] * noise
         return torch.stack([*path, x], 1), torch.stack(means, 1)
 
 
-def log_prob(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+def log_prob(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, sharing: int = 1) -> torch.Tensor:
     """log N(x; mean, std^2) of denoising steps, x and mean (..., D), std (...,), averaged over D = chunk x action dimensions.
 
     DPPO's choice: ratios stay near 1 whatever the size of the chunk. It takes their D-th root, hence the small clip ranges.
+
+    If so many actions are `sharing` their noise, the density is that of their common offset, over D / sharing dimensions. How the means
+    of these actions differ from each other then has no density: PPO does not train it, and only the pull to the Learn policy holds it.
     """
-    return Normal(mean, std[..., None]).log_prob(x).mean(-1)
+    offset = (x - mean).unflatten(-1, (sharing, -1)).mean(-2)
+    return Normal(torch.zeros_like(offset), std[..., None]).log_prob(offset).mean(-1)
 
 
 class ChunkPolicy:
@@ -495,18 +508,19 @@ def gae(rewards, values, next_values, decided, terminated, done, gamma: float, l
     """Generalised advantage estimation (Schulman et al. 2016) over chunks, all arguments (num_steps, num_envs).
 
     A chunk begins where `decided` is 1 and lasts n steps, until the next one begins: `execute` of them, or fewer if the episode or
-    the rollout ends within it. Then A = sum_j gamma^j r_j + gamma^n (V' + lam A') - V, where V' is the value of the state that
-    followed it and A' the next chunk's advantage. `next_values` are V of the state that followed each step, also where a time limit cut
-    the episode: truncation bootstraps, termination doesn't. `done` is either; nothing flows back across it.
+    the rollout ends within it. Then A = sum_j gamma^j r_j + gamma^n V' - V + (gamma lam)^n A', where V' is the value of the state that
+    followed it and A' the next chunk's advantage: like gamma, lambda is of a control step. `next_values` are V of the state that followed
+    each step, also where a time limit cut the episode: truncation bootstraps, termination doesn't. `done` is either; nothing flows back
+    across it.
 
     Returns: (num_steps, num_envs) advantages; they mean something where `decided` is 1.
     """
-    advantages, beyond, last = torch.zeros_like(rewards), torch.zeros_like(rewards[0]), torch.zeros_like(rewards[0])
+    advantages, target, beyond, last = torch.zeros_like(rewards), *(torch.zeros_like(rewards[0]) for _ in range(3))
     for t in reversed(range(len(rewards))):
-        ends = decided[t + 1] if t + 1 < len(rewards) else torch.ones_like(last)
-        after = next_values[t] * (1 - terminated[t]) + lam * last * (1 - done[t])
-        beyond = rewards[t] + gamma * torch.where(ends > 0, after, beyond)
-        advantages[t] = beyond - values[t]
+        ends = decided[t + 1] > 0 if t + 1 < len(rewards) else torch.ones_like(last, dtype=torch.bool)
+        target = rewards[t] + gamma * torch.where(ends, next_values[t] * (1 - terminated[t]), target)
+        beyond = gamma * lam * torch.where(ends, last * (1 - done[t]), beyond)
+        advantages[t] = target + beyond - values[t]
         last = torch.where(decided[t] > 0, advantages[t], last)
     return advantages
 
@@ -527,11 +541,13 @@ def denoising_weights(args: Args) -> tuple[torch.Tensor, torch.Tensor]:
 def ppo_losses(args: Args, agent: Agent, weights: Sequence[torch.Tensor], batch: dict, train_actor: bool) -> dict[str, torch.Tensor]:
     """A minibatch's `value_loss`, and if `train_actor` also its `policy_loss` and, averaged like the log-probability, the KL to the
     policy that acted (`moved`) and to Learn's (`pull`). `weights`: `denoising_weights`, on the device."""
-    features = agent.actor.obs_encoder(batch["obs"])
+    with torch.no_grad():
+        features = agent.actor.obs_encoder(batch["states"])
     row = {"value_loss": 0.5 * (agent.value(features) - batch["returns"]).square().mean()}
     if train_actor:
+        features = agent.actor.obs_encoder(batch["obs"])
         mean = agent.means(agent.actor, features, batch["x"], batch["step"])
-        log_ratio = log_prob(batch["next_x"], mean, batch["std"]) - batch["log_probs"]
+        log_ratio = log_prob(batch["next_x"], mean, batch["std"], agent.sharing) - batch["log_probs"]
         ratio = log_ratio.exp()  # (minibatch, S)
         discount, clip = (w[batch["step"] - agent.frozen_steps] for w in weights)
         advantages = batch["advantages"][:, None] * discount
@@ -549,22 +565,27 @@ def ppo_losses(args: Args, agent: Agent, weights: Sequence[torch.Tensor], batch:
 
 
 def ppo_update(args: Args, agent: Agent, optimizer, batch: dict, train_actor: bool) -> dict[str, float]:
-    """One PPO update (Schulman et al. 2017) over S denoising steps of M chunks.
+    """One PPO update (Schulman et al. 2017) over S denoising steps of M chunks, and of the critic over all N states of the rollout.
 
-    `batch`: obs (M, ...), advantages and returns (M,); and of the denoising steps: their indices `step`, `log_probs` and
-    `std` (M, S), the chunks before and after them, `x` and `next_x`, and their means by the policy that acted, `mean`, and by the
-    Learn policy, `learn_mean` (M, S, D).
+    `batch`: `states` (N, ...) and their `returns` (N,); obs (M, ...), advantages (M,); and of the denoising steps: their indices `step`,
+    `log_probs` and `std` (M, S), the chunks before and after them, `x` and `next_x`, and their means by the policy that acted, `mean`,
+    and by the Learn policy, `learn_mean` (M, S, D).
 
     The actor stops for this rollout when it has moved `step_kl` from the policy that acted. That is the KL of all trained steps of a
     chain, which is no less than that of the chunks it leads to, in nats per executed action; `kl_to_learn`, which is logged, likewise.
     """
-    size, losses = len(batch["obs"]), compiled(ppo_losses, args.compile)
+    losses = compiled(ppo_losses, args.compile)
     logs: dict[str, list[torch.Tensor]] = {}  # read at the end: a GPU would be waited for
     weights = [x.to(agent.device) for x in denoising_weights(args)]
-    nats = args.finetune_steps * math.prod(agent.shape) / args.execute  # from such an average to the chain's KL per executed action
+    # from such an average to the chain's KL per executed action
+    nats = args.finetune_steps * math.prod(agent.shape) / agent.sharing / args.execute
     for _ in range(args.update_epochs):
-        for rows in torch.randperm(size, device=agent.device).tensor_split(args.num_minibatches):
-            row = losses(args, agent, weights, {name: value[rows] for name, value in batch.items()}, train_actor)
+        chunks, states = (
+            torch.randperm(len(batch[name]), device=agent.device).tensor_split(args.num_minibatches) for name in ("obs", "states")
+        )
+        for rows, state_rows in zip(chunks, states, strict=True):
+            chosen = {name: value[state_rows if name in ("states", "returns") else rows] for name, value in batch.items()}
+            row = losses(args, agent, weights, chosen, train_actor)
             loss = row["value_loss"]
             if train_actor:
                 pull = row.pop("pull")
@@ -640,12 +661,13 @@ class Reinforce:
 
         begun = decided > 0
         ends = torch.cat([begun[1:], torch.ones_like(begun[:1])])  # the last steps of chunks: no others need values
-        values, next_values, obs = torch.zeros_like(rewards), torch.zeros_like(rewards), obs[begun]
+        values, next_values = torch.zeros_like(rewards), torch.zeros_like(rewards)
         with torch.no_grad():
-            values[begun] = agent.value(agent.actor.obs_encoder(obs))
+            values[begun] = agent.value(agent.actor.obs_encoder(obs[begun]))
             next_values[ends] = agent.value(agent.actor.obs_encoder(next_obs[ends]))
-        advantages = gae(rewards, values, next_values, decided, terminated, done, args.gamma, args.gae_lambda)[begun]
-        values = values[begun]
+        advantages = gae(rewards, values, next_values, decided, terminated, done, args.gamma, args.gae_lambda)
+        states, all_returns = obs.flatten(0, 1), (advantages + values).flatten()  # within a chunk, too: what is left of it, then V'
+        obs, advantages, values = obs[begun], advantages[begun], values[begun]
         returns = advantages + values
         if args.train_steps == "all":
             step = torch.arange(agent.frozen_steps, len(agent.chain), device=device).repeat(len(returns), 1)
@@ -653,6 +675,8 @@ class Reinforce:
             step = torch.randint(agent.frozen_steps, len(agent.chain), (len(returns), 1), device=device)
         chosen = torch.arange(len(returns), device=device)[:, None], step - agent.frozen_steps
         batch = {
+            "states": states,
+            "returns": all_returns,
             "obs": obs,
             "step": step,
             "x": paths[begun][chosen],
@@ -660,9 +684,8 @@ class Reinforce:
             "mean": means[begun][chosen],
             "std": agent.stds(step, floor),
             "advantages": (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-6),
-            "returns": returns,
         }
-        batch["log_probs"] = log_prob(batch["next_x"], batch["mean"], batch["std"])
+        batch["log_probs"] = log_prob(batch["next_x"], batch["mean"], batch["std"], agent.sharing)
         train_actor = self.iteration >= args.critic_warmup
         if train_actor:
             with torch.no_grad():

@@ -101,11 +101,14 @@ def test_ddim_limits():
     assert one.mean(x + 9, eps, torch.tensor([0])).tolist() == [[1.0, 1.0]]  # clamped
 
 
+DPPO, OURS = dict(chunk_noise="independent", start_noise=True), dict(chunk_noise="shared", start_noise=False)
+
+
 def small_args(**changes) -> Args:
     settings = dict(hidden=32, learn_epochs=60, learn_batch=128, learn_lr=3e-3, learn_patience=60, ema_decay=0.95)
     settings |= dict(num_steps=32, total_steps=16 * 32 * 30, execute=2, chunk=2, denoising_steps=6, finetune_steps=3)
     settings |= dict(actor_lr=3e-4, critic_lr=3e-3, num_minibatches=4, std_start=0.22, std_end=0.22)
-    settings |= dict(step_kl=0.1, critic_warmup=2)
+    settings |= dict(step_kl=0.1, critic_warmup=2) | DPPO
     return Args(**(settings | changes))
 
 
@@ -134,11 +137,36 @@ def test_log_probability_is_that_of_the_chain_that_was_sampled(denoiser, changes
     i = torch.arange(len(agent.chain) - steps, len(agent.chain)).repeat(9, 1)
     with torch.no_grad():
         again = agent.means(agent.actor, obs, path[:, :-1], i)
-    torch.testing.assert_close(again, means, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(again, means, atol=3e-5, rtol=1e-5)
     std = agent.stds(i, floor)
     assert torch.equal(std, agent.chain.sigma[i].clamp(min=0.3)) and (std >= 0.3).all()
     dense = MultivariateNormal(means, covariance_matrix=std[..., None, None] ** 2 * torch.eye(size))
     torch.testing.assert_close(log_prob(path[:, 1:], means, std), dense.log_prob(path[:, 1:]) / size, atol=1e-5, rtol=1e-5)
+
+
+def test_shared_noise_is_scored_as_the_offset_that_it_is():
+    """All actions of a chunk move alike, by a Gaussian of 7 dimensions; the density is that Gaussian's, by torch.distributions."""
+    args = small_args(chunk=4, **OURS)
+    agent, obs = random_agent(args), torch.randn(4000, 4)
+    path, means = agent.denoise(obs, 0.3)
+    offsets = (path[:, 1:] - means).unflatten(-1, (4, 7))
+    torch.testing.assert_close(offsets, offsets[:, :, :1].expand_as(offsets), atol=1e-5, rtol=0)
+    std = agent.stds(torch.arange(3, 6), 0.3)
+    torch.testing.assert_close(offsets[:, :, 0].std(dim=(0, 2)), std, rtol=0.02, atol=0)
+    dense = MultivariateNormal(torch.zeros(7), covariance_matrix=std[:, None, None] ** 2 * torch.eye(7))
+    score = log_prob(path[:, 1:], means, std.expand(4000, 3), agent.sharing)
+    torch.testing.assert_close(score, dense.log_prob(offsets[:, :, 0]) / 7, atol=1e-4, rtol=1e-4)
+    shifted = (means.unflatten(-1, (4, 7)) + torch.tensor([0.2, -0.2, 0.1, -0.1])[:, None]).flatten(-2)
+    torch.testing.assert_close(log_prob(path[:, 1:], shifted, std.expand(4000, 3), agent.sharing), score, atol=1e-4, rtol=1e-4)
+
+
+def test_without_start_noise_only_what_ppo_scores_is_random():
+    obs = torch.randn(5, 4)
+    for options, equal in ((OURS, True), (DPPO, False)):
+        agent = random_agent(small_args(**options))
+        (first, _), (second, _), (mean, _) = (agent.denoise(obs, floor) for floor in (0.3, 0.3, None))
+        assert torch.equal(first[:, 0], second[:, 0]) == torch.equal(first[:, 0], mean[:, 0]) == equal
+        assert not torch.equal(first[:, 1], second[:, 1])
 
 
 def test_sampling_and_scoring_have_the_same_standard_deviation():
@@ -285,10 +313,10 @@ def rows(*values) -> torch.Tensor:
     "terminated, expected",
     [
         # gamma = lambda = 1/2. Steps 0, 1 are a chunk; step 2 begins one that the episode's end cuts after a step; 3, 4 begin anew.
-        # A_3 = 1 + 2/2 + 8/4 - 1 = 3. A_2 = 4 + 8/2 - 1 = 7. A_0 = 1 + 2/2 + (6 + 7/2)/4 - 1 = 3.375
-        (0.0, {0: 3.375, 2: 7.0, 3: 3.0}),
-        # termination: A_2 = 4 - 1 = 3, A_0 = 1 + 2/2 + (6 + 3/2)/4 - 1 = 2.875
-        (1.0, {0: 2.875, 2: 3.0, 3: 3.0}),
+        # A_3 = 1 + 2/2 + 8/4 - 1 = 3. A_2 = 4 + 8/2 - 1 = 7. A_0 = 1 + 2/2 + 6/4 - 1 + 7/16 = 2.9375
+        (0.0, {0: 2.9375, 2: 7.0, 3: 3.0}),
+        # termination: A_2 = 4 - 1 = 3, A_0 = 1 + 2/2 + 6/4 - 1 + 3/16 = 2.6875
+        (1.0, {0: 2.6875, 2: 3.0, 3: 3.0}),
     ],
     ids=["truncation", "termination"],
 )
@@ -322,7 +350,7 @@ def test_gae_over_chunks_is_the_discounted_sum_of_deltas():
                 if done[last, e]:
                     following = 0.0
                 delta = sum(gamma**j * r[t + j, e] for j in range(n)) + gamma**n * nv[last, e] * (not term[last, e]) - v[t, e]
-                following = expected[t, e] = delta + gamma**n * lam * following
+                following = expected[t, e] = delta + (gamma * lam) ** n * following
         tensors = [torch.as_tensor(x.astype(np.float32)) for x in (r, v, nv, decided, term, done)]
         advantages = gae(*tensors, gamma, lam)
         for (t, e), value in expected.items():
@@ -347,8 +375,21 @@ def random_batch(args, agent, number=24, seed=1) -> dict[str, torch.Tensor]:
     path, means = agent.denoise(obs, 0.2)
     step = torch.arange(agent.frozen_steps, len(agent.chain)).repeat(number, 1)
     batch = dict(obs=obs, step=step, x=path[:, :-1], next_x=path[:, 1:], mean=means, std=agent.stds(step, 0.2))
-    batch |= dict(advantages=torch.randn(number), returns=torch.rand(number), learn_mean=means + 0.01 * torch.randn(number, s, size))
-    return batch | {"log_probs": log_prob(batch["next_x"], means, batch["std"])}
+    batch |= dict(advantages=torch.randn(number), learn_mean=means + 0.01 * torch.randn(number, s, size))
+    batch |= dict(states=torch.randn(2 * number, 4), returns=torch.rand(2 * number))
+    return batch | {"log_probs": log_prob(batch["next_x"], means, batch["std"], agent.sharing)}
+
+
+def test_the_critic_learns_every_state(learned):
+    """Also those within chunks, whose returns are the rest of their chunk's rewards and what follows."""
+    trainer, _ = make_trainer(learned)
+    seen = []
+    update = diffusion_ppo.ppo_update
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffusion_ppo, "ppo_update", lambda *a: (seen.append(a[3]), update(*a))[1])
+        trainer.run_iteration()
+    (batch,) = seen
+    assert len(batch["states"]) == len(batch["returns"]) == 16 * 32 > len(batch["obs"]) and (batch["returns"] != 0).all()
 
 
 def test_policy_loss_by_hand():
@@ -452,7 +493,7 @@ def make_trainer(learned, env=None, **changes) -> tuple[Reinforce, Plane]:
     return Reinforce(args, env, agent), env
 
 
-@pytest.mark.parametrize("changes", [{}, {"train_steps": "one"}, {"finetune_steps": 1}, {"finetune_steps": 6}])
+@pytest.mark.parametrize("changes", [{}, {"train_steps": "one"}, {"finetune_steps": 1}, {"finetune_steps": 6}, OURS])
 def test_first_minibatch_has_ratio_one_and_no_kl(learned, changes):
     trainer, _ = make_trainer(learned, critic_warmup=0, update_epochs=1, num_minibatches=1, **changes)
     for _ in range(3):  # also after updates: what acted is what the ratio is taken against
@@ -530,7 +571,7 @@ def test_the_leash_pulls_a_stray_policy_back(learned):
     assert free[0] > 0.5 and min(free) > 0.5 * free[0] and held[-1] < 0.3 * held[0]
 
 
-@pytest.mark.parametrize("changes", [{}, {"train_steps": "one"}])
+@pytest.mark.parametrize("changes", [{}, {"train_steps": "one"}, OURS | {"finetune_steps": 1}])
 def test_reinforce_solves_the_plane(learned, changes):
     trainer, env = make_trainer(learned, **changes)
     trainer.run_iteration()
