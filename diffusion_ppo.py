@@ -95,9 +95,9 @@ class Args:
     """sample through so many of the K levels (DDIM; default: all, which with --ddim-eta 1 is DDPM)"""
     ddim_eta: float = 1.0
     """noise of the sampler: 1 is DDPM's, 0 none but the floor in the steps that PPO trains"""
-    chunk: int = 4
+    chunk: int = 2
     """actions that are denoised together"""
-    execute: int = 4
+    execute: int = 2
     """actions of a chunk that are executed before the next is denoised (receding horizon)"""
 
     # Learn
@@ -125,7 +125,7 @@ class Args:
     """discount: success at step T is worth gamma^(T-1)"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
-    actor_lr: float = 3e-5
+    actor_lr: float = 5e-5
     """learning rate of the policy"""
     anneal_lr: bool = False
     """let the policy's learning rate fall linearly to 0"""
@@ -141,13 +141,13 @@ class Args:
     """which of these K' PPO trains in each chunk: all (DPPO), or one drawn at random (about 1/K' of the cost)"""
     gamma_denoise: float = 0.99
     """discount of the advantage for each denoising step between a step and the clean chunk"""
-    clip_coef: float = 0.02
+    clip_coef: float = 0.04
     """PPO's clip range at the last denoising step; small, as log-probabilities are averaged over the chunk's dimensions"""
-    clip_coef_noisy: float = 0.01
+    clip_coef_noisy: float = 0.02
     """and at the noisiest that is trained; it grows exponentially from there"""
-    std_start: float = 0.15
+    std_start: float = 0.08
     """floor of a trained denoising step's standard deviation when Reinforce begins, in units of the action range"""
-    std_end: float = 0.08
+    std_end: float = 0.04
     """and when it ends (geometric schedule): evaluation and the corpus take the mean action, so training must come near it"""
     chunk_noise: Literal["shared", "independent"] = "shared"
     """exploration of a trained step: one offset for all actions of a chunk, or noise of its own for each (DPPO)"""

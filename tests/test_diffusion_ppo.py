@@ -422,7 +422,7 @@ def test_gradients_are_the_same_every_time():
     try:
         args = Args()
         agent = random_agent(args)
-        obs, chunks, eps = torch.randn(512, 4), torch.rand(512, 28), torch.randn(512, 28)
+        obs, chunks, eps = torch.randn(512, 4), torch.rand(512, 14), torch.randn(512, 14)
         level, gradients = torch.randint(1, 11, (512,)), []
         for _ in range(5):
             agent.actor.zero_grad()

@@ -54,7 +54,7 @@ def options(script: str) -> dict[str, tuple[str, str]]:
 
 
 PATTERNS = {"videos", "eval_episodes", "corpus_episodes"}  # texts that speak of patterns
-CHAIN = {"actor_lr", "clip_coef", "std_start"}  # what has another size or meaning for a chain of denoising steps
+CHAIN = {"actor_lr", "clip_coef", "std_start", "std_end"}  # what has another size or meaning for a chain of denoising steps
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_shared_options_are_the_same_in_every_script(script, other, excepted):
     shared = mine.keys() & theirs.keys()
     assert len(shared) >= 32 and excepted | {"device", "backend", "compile"} <= shared
     assert {name for name in shared if mine[name] != theirs[name]} == excepted
-    assert {name for name in shared if mine[name][0] != theirs[name][0]} <= {"actor_lr", "clip_coef", "kl_coef"}
+    assert {name for name in shared if mine[name][0] != theirs[name][0]} <= {"actor_lr", "clip_coef", "kl_coef", "std_start", "std_end"}
     if script == "gaussian_ppo":
         assert mine.keys() <= theirs.keys()  # it has nothing of its own
 
