@@ -658,7 +658,7 @@ def test_whole_job_killed_and_resumed_is_as_if_never_stopped(demos, tmp_path, dr
         ("--ddim-eta 1.5", "--ddim-eta must be between 0 and 1, not 1.5"),
         ("--finetune-steps 11", "--finetune-steps 11 is more than the 10 denoising steps of --denoising-steps"),
         ("--ddim-steps 4", "--finetune-steps 5 is more than the 4 denoising steps of --ddim-steps"),
-        ("--execute 5", "--execute 5 is more than the 4 actions of --chunk"),
+        ("--execute 5", "--execute 5 is more than the 2 actions of --chunk"),
         ("--denoiser unet --chunk 5", "--chunk must be even, not 5"),
         ("--ema-decay 1", "--ema-decay must be at least 0 and less than 1, not 1.0"),
         ("--clip-coef-noisy nan", "--clip-coef-noisy must be more than 0, not nan"),
