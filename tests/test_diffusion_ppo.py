@@ -664,7 +664,7 @@ def test_whole_job_killed_and_resumed_is_as_if_never_stopped(demos, tmp_path, dr
         ("--clip-coef-noisy nan", "--clip-coef-noisy must be more than 0, not nan"),
         ("--gamma-denoise 2", "--gamma-denoise must be between 0 and 1, not 2.0"),
         ("--std-start 0.01", "--std-start must be between 0.02 and 1.5, not 0.01"),
-        ("--num-minibatches 2049", "--num-minibatches 2049 is more than the 1024 chunks"),
+        ("--num-minibatches 2049", "--num-minibatches 2049 is more than the 2048 chunks"),
     ],
 )
 def test_wrong_flag_values(capsys, tmp_path, flags, message):
