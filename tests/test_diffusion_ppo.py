@@ -674,7 +674,7 @@ def test_wrong_flag_values(capsys, tmp_path, flags, message):
 @pytest.mark.parametrize(
     "content, flags, message",
     [
-        ({}, "--chunk 8", "was started with --chunk 4, not 8"),
+        ({}, "--chunk 8", "was started with --chunk 2, not 8"),
         ({"script": "gaussian_ppo"}, "", "is a checkpoint of gaussian_ppo, not of diffusion_ppo"),
         ({"task": "libero_goal/turn_on_the_stove"}, "", "is not this run's: it is of libero_goal/turn_on_the_stove"),
     ],
