@@ -137,7 +137,7 @@ def test_log_probability_is_that_of_the_chain_that_was_sampled(denoiser, changes
     i = torch.arange(len(agent.chain) - steps, len(agent.chain)).repeat(9, 1)
     with torch.no_grad():
         again = agent.means(agent.actor, obs, path[:, :-1], i)
-    torch.testing.assert_close(again, means, atol=3e-5, rtol=1e-5)
+    torch.testing.assert_close(again, means, atol=1e-5, rtol=1e-5)
     std = agent.stds(i, floor)
     assert torch.equal(std, agent.chain.sigma[i].clamp(min=0.3)) and (std >= 0.3).all()
     dense = MultivariateNormal(means, covariance_matrix=std[..., None, None] ** 2 * torch.eye(size))
