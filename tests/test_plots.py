@@ -114,6 +114,22 @@ def test_learning_curves_show_the_mean_of_the_seeds_and_their_range(drawn):
         np.testing.assert_allclose([band.ymin, band.ymax], [20, 80])
 
 
+def test_names_with_many_flags_stay_inside_the_figures(tmp_path, monkeypatch):
+    """A column of benchmarks.compare is named after the flags in which runs differ."""
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    names = [f"diffusion_ppo --chunk {n} --actor-lr 5e-05 --clip-coef-noisy 0.02 --std-start 0.08 --chunk-noise shared" for n in (2, 4)]
+    plots.plot_learning_curves("", dict.fromkeys(names, [CURVE]))
+    plots.plot_comparison("", dict.fromkeys(names, PATHS), dict.fromkeys(names, LABELS))
+    curves, comparison = figures
+    for figure in figures:
+        figure.canvas.draw()  # lays it out
+    titles = [axes.title.get_window_extent() for axes in comparison.axes[:2]]
+    assert titles[0].x1 < titles[1].x0, "titles overlap"
+    assert titles[0].x0 >= 0 and titles[1].x1 <= comparison.bbox.x1, "a title is cut"
+    assert curves.axes[1].get_legend().get_window_extent().x1 <= curves.bbox.x1, "the legend is cut"
+
+
 def test_pca_closed_form(drawn):
     t = np.array([-3.0, -1.0, 1.0, 3.0])
     scores, share = plots.pca(7 + np.outer(t, [0.6, 0.8, 0]) + np.outer(t**2 - 5, [0, 0, 0.5]))
