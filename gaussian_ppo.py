@@ -441,7 +441,7 @@ def main() -> None:
     renderer, videos = rollout.find_renderer(args.obs, args.videos, args.corpus_images, progress)
     how = {"obs": args.obs, "image_size": args.image_size, "backend": args.backend, "device": args.device}
     train_env = make_env(task, args.num_envs, seed=args.seed, **how)
-    eval_env = make_env(task, min(args.num_envs, 64), seed=args.seed, **how, autoreset_mode=AutoresetMode.DISABLED)
+    eval_env = make_env(task, min(args.num_envs, rollout.EVAL_ENVS), seed=args.seed, **how, autoreset_mode=AutoresetMode.DISABLED)
     demos, demo_source = rollout.load_demos(args.demos, task, args.num_demos, args.demo_noise, args.seed, progress)
     checkpoint = {"script": "gaussian_ppo", "task": task.id, "stage": "start", "seconds": 0.0}
     if run is None:

@@ -21,6 +21,8 @@ from common.tasks import Task, find_human_demos
 # Observations (as the environment returns them), patterns (N,) -> actions (N, 7). A policy that remembers (that is amid a chunk of
 # actions) also has `begin(envs)`, which is called as new episodes begin in the environments `envs` (n,).
 Policy = Callable[[np.ndarray, np.ndarray], np.ndarray]
+# At most so many environments evaluate and roll out the corpus: for 50 to 400 episodes, more would mostly idle.
+EVAL_ENVS = 64
 
 
 def choose_devices(args: Any) -> Any:
