@@ -5,7 +5,7 @@
 
 The official init states of a task are tried once each, with action noise, and its strategies take turns; with --each-strategy, each
 of them tries all of the states. The tables are Markdown. With --json, what the file already holds of the same measurement is not
-measured again, so that a long one can be interrupted.
+measured again, so that a long one can be interrupted; what it holds of others stays.
 """
 
 from __future__ import annotations
@@ -119,6 +119,7 @@ def main() -> None:
     asked |= {"init_states": args.init_states, "each_strategy": args.each_strategy, "noise": args.noise, "seed": args.seed}
     rows = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
     done = {row["task"]: row for row in rows if all(row.get(k) == v for k, v in asked.items())}
+    others = [row for row in rows if row not in done.values()]  # of other measurements: they stay in the file
     workers = min(args.workers, len(tasks))
     with ProcessPoolExecutor(workers, get_context("spawn"), share_cores, (workers,)) as pool:
         rest = [t for t in tasks if t not in done]
@@ -130,7 +131,7 @@ def main() -> None:
             tqdm.write(f"{row['task']}: {100 * row['success_rate']:.0f} %  {row.get('error', '')}", file=sys.stderr)
             if args.json:
                 with atomic_path(args.json) as temporary:
-                    temporary.write_text(json.dumps(list(done.values()), indent=1))
+                    temporary.write_text(json.dumps([*others, *done.values()], indent=1))
     print(table([done[t] for t in tasks]))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import mujoco
@@ -14,6 +16,7 @@ from benchmarks import demonstrator, fidelity, frames, throughput
 from common.cli import UserError
 from common.demonstrator import SKILLS, Strategy
 from common.env import make_env
+from common.tasks import assets_fingerprint, find_assets
 
 needs_warp = pytest.mark.skipif(tuple(int(x) for x in mujoco.__version__.split(".")[:2]) < (3, 8), reason="MuJoCo Warp needs mujoco 3.8")
 
@@ -66,6 +69,24 @@ def test_strategies_take_turns_over_the_init_states(drawer_task, assets, monkeyp
 
 
 @needs_warp
+def test_the_demonstrators_file_keeps_rows_of_other_measurements(tmp_path, monkeypatch, assets, capsys):
+    def measure(task, assets, init_states, each_strategy, noise, seed):
+        row = {"task": task, "name": "", "goal": "on", "success_rate": 1.0, "mean_length": 100.0, "strategies": []}
+        return row | asked | {"init_states": init_states, "each_strategy": each_strategy, "noise": noise, "seed": seed}
+
+    asked = {"assets": f"libero:{assets_fingerprint(find_assets(str(assets)))}", "mujoco": mujoco.__version__}
+    other = measure("libero_goal/0", assets, 6, True, 0.1, 0)  # the same task, measured otherwise
+    (tmp_path / "rows.json").write_text(json.dumps([other]))
+    monkeypatch.setattr(demonstrator, "measure", measure)
+    monkeypatch.setattr(demonstrator, "ProcessPoolExecutor", lambda *workers: ThreadPoolExecutor(1))
+    flags = ["--tasks", "libero_goal/0", "libero_goal/1", "--assets", str(assets), "--json", str(tmp_path / "rows.json")]
+    monkeypatch.setattr(sys, "argv", ["demonstrator", *flags])
+    demonstrator.main()
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["task"], row["init_states"]) for row in rows] == [("libero_goal/0", 6), ("libero_goal/0", 50), ("libero_goal/1", 50)]
+    assert "| all | 2 | 2 | 100.0 % |" in capsys.readouterr().out
+
+
 def test_the_demonstrator_does_the_same_on_both_backends(drawer_task):
     env = make_env(drawer_task)
     env.reset(seed=0)
