@@ -68,7 +68,6 @@ def test_strategies_take_turns_over_the_init_states(drawer_task, assets, monkeyp
     assert lines[-1] == "- libero_10/0: no way" and sum(" b | 0 % |  |" in line for line in lines) == 2
 
 
-@needs_warp
 def test_the_demonstrators_file_keeps_rows_of_other_measurements(tmp_path, monkeypatch, assets, capsys):
     def measure(task, assets, init_states, each_strategy, noise, seed):
         row = {"task": task, "name": "", "goal": "on", "success_rate": 1.0, "mean_length": 100.0, "strategies": []}
@@ -83,10 +82,12 @@ def test_the_demonstrators_file_keeps_rows_of_other_measurements(tmp_path, monke
     monkeypatch.setattr(sys, "argv", ["demonstrator", *flags])
     demonstrator.main()
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [(row["task"], row["init_states"]) for row in rows] == [("libero_goal/0", 6), ("libero_goal/0", 50), ("libero_goal/1", 50)]
+    found = sorted((row["task"], row["init_states"]) for row in rows)  # the tasks come in the order in which they end
+    assert found == [("libero_goal/0", 6), ("libero_goal/0", 50), ("libero_goal/1", 50)]
     assert "| all | 2 | 2 | 100.0 % |" in capsys.readouterr().out
 
 
+@needs_warp
 def test_the_demonstrator_does_the_same_on_both_backends(drawer_task):
     env = make_env(drawer_task)
     env.reset(seed=0)

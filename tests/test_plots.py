@@ -114,7 +114,7 @@ def test_learning_curves_show_the_mean_of_the_seeds_and_their_range(drawn):
         np.testing.assert_allclose([band.ymin, band.ymax], [20, 80])
 
 
-def test_names_with_many_flags_stay_inside_the_figures(tmp_path, monkeypatch):
+def test_names_with_many_flags_stay_inside_the_figures(monkeypatch):
     """A column of benchmarks.compare is named after the flags in which runs differ."""
     figures = []
     monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
