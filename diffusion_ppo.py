@@ -142,7 +142,7 @@ class Args:
     gamma_denoise: float = 0.99
     """discount of the advantage for each denoising step between a step and the clean chunk"""
     clip_coef: float = 0.04
-    """PPO's clip range at the last denoising step; small, as log-probabilities are averaged over the chunk's dimensions"""
+    """PPO's clip range at the last denoising step; small, as log-probabilities are averaged over the noise's dimensions"""
     clip_coef_noisy: float = 0.02
     """and at the noisiest that is trained; it grows exponentially from there"""
     std_start: float = 0.08

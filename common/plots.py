@@ -48,7 +48,7 @@ def _save(figure, path: str | os.PathLike) -> None:
         figure.savefig(temporary, format="png", dpi=150)
 
 
-def _lines(name: str) -> str:
+def _wrapped(name: str) -> str:
     """A source's name in lines of at most 30 letters: benchmarks.compare adds the flags in which runs differ."""
     return textwrap.fill(name, 30, break_on_hyphens=False)
 
@@ -225,7 +225,7 @@ def plot_learning_curves(path: str | os.PathLike, curves: dict[str, Sequence[np.
                 continue
             x = np.linspace(max(run[0, column] for run in runs), min(run[-1, column] for run in runs), 100)
             y = 100 * np.stack([np.interp(x, run[:, column], run[:, 2]) for run in runs])
-            axes.plot(x, y.mean(0), **_line(k), linewidth=2, label=_lines(f"{name} ({len(runs)})"))
+            axes.plot(x, y.mean(0), **_line(k), linewidth=2, label=_wrapped(f"{name} ({len(runs)})"))
             axes.fill_between(x, y.min(0), y.max(0), color=_style(k)["color"], alpha=0.15, linewidth=0)
         axes.set(xlabel=label, ylabel="success with exploration (%)" if column == 0 else "", ylim=(-2, 102))
         _grid(axes)
@@ -292,7 +292,7 @@ def plot_comparison(
         for k, x in zip(patterns, rows, strict=True):
             above.plot(x[:, 1], x[:, 0], color=_style(k)["color"], linewidth=0.7, alpha=0.6)
         above.set(xlim=(points[:, 1].min() - margin, points[:, 1].max() + margin), xlabel="y (m)")
-        above.set_title(_lines(name), fontsize=10)
+        above.set_title(_wrapped(name), fontsize=10)
         above.set(ylim=(points[:, 0].max() + margin, points[:, 0].min() - margin), ylabel="x (m), from above", aspect="equal")
         _grid(above)
         image = matrix.imshow(distances[name][np.ix_(order, order)], cmap="cividis", vmin=0, vmax=largest, interpolation="nearest")
