@@ -2,10 +2,12 @@
 
     python -m benchmarks.demonstrator --suite all --json FILE
     python -m benchmarks.demonstrator --tasks libero_spatial/0 libero_goal/7 --init-states 10 --each-strategy
+    python -m benchmarks.demonstrator --suite all --assets standin --beside docs/results/demonstrator.json
 
 The official init states of a task are tried once each, with action noise, and its strategies take turns; with --each-strategy, each
 of them tries all of the states. The tables are Markdown. With --json, what the file already holds of the same measurement is not
-measured again, so that a long one can be interrupted; what it holds of others stays.
+measured again, so that a long one can be interrupted; what it holds of others stays. Which strategies a task has is found by
+rehearsal, and chance has a say in it: to compare asset sets, let both do the same ones (--rehearsed-on).
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from tqdm import tqdm
 from common.cli import UserError, atomic_path, run_command, usable_cores
 from common.demonstrator import Attempt, perform, strategies
 from common.env import share_cores
+from common.metrics import newcombe_interval
+from common.runs import versions
 from common.standins import is_standin
 from common.tasks import SUITES, assets_fingerprint, find_assets, load_task, resolve, task_names
 
@@ -51,24 +55,44 @@ class Args:
     """tasks measured at a time, each in a process of its own"""
     assets: str | None = None
     """LIBERO's asset folder, or standin (default: $LIBERO_ASSETS, else LIBERO's own, else a download, else stand-ins)"""
+    rehearsed_on: str | None = None
+    """take the strategies that passed rehearsal on these assets (a folder or standin) instead"""
     json: Path | None = None
     """also write the numbers to this file, and go on from what it holds"""
+    beside: Path | None = None
+    """another file of --json: put its success beside this one, task by task"""
 
 
-def measure(task_id: str, assets: str | None, init_states: int, each_strategy: bool, noise: float, seed: int) -> dict:
-    """One task: {"task", "goal", "success_rate", "mean_length", "strategies": [{"name", "success_rate", ...}]} or {"error"}."""
-    task = load_task(task_id, assets)
-    row = {"task": f"{task.suite}/{task.index}", "name": task.name, "goal": " and ".join(p.name for p in task.goal)}
-    row |= {"assets": task.assets, "mujoco": mujoco.__version__}
-    row |= {"init_states": init_states, "each_strategy": each_strategy, "noise": noise, "seed": seed}
+def asset_set(choice: str | None) -> str:
+    """The name of an asset set, as `Task.assets` gives it."""
+    kind = "standin" if is_standin(folder := find_assets(choice)) else "libero"
+    return f"{kind}:{assets_fingerprint(folder)}"
+
+
+def read_rows(path: Path) -> list[dict]:
+    """What --json has written."""
     try:
-        repertoire = strategies(task)
+        rows = json.loads(path.read_text())
+        [row["task"] for row in rows]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} can't be read as a file of --json: {error}") from None
+    return rows
+
+
+def measure(task_id: str, args: Args) -> dict:
+    """One task: {"task", "name", "goal", "success_rate", "mean_length", "episodes", "strategies": [...]}, or with an "error"."""
+    task = load_task(task_id, args.assets)
+    row = {"task": f"{task.suite}/{task.index}", "name": task.name, "goal": " and ".join(p.name for p in task.goal)}
+    try:
+        repertoire = strategies(task if args.rehearsed_on is None else load_task(task_id, args.rehearsed_on))
     except UserError as error:
         return {**row, "success_rate": 0.0, "mean_length": None, "strategies": [], "error": str(error)}
-    states = np.linspace(0, len(task.init_states), init_states, endpoint=False).astype(int).tolist()
-    turns = [(k, s) for k in range(len(states)) for s in (range(len(repertoire)) if each_strategy else [k % len(repertoire)])]
-    queue = iter([Attempt(s, repertoire[s], [seed, s, k], states[k]) for k, s in turns])
-    episodes = [(attempt.key, episode) for attempt, episode in perform(task, lambda: next(queue, None), noise, min(16, len(turns)))]
+    states = np.linspace(0, len(task.init_states), args.init_states, endpoint=False).astype(int).tolist()
+    ways = range(len(repertoire))
+    turns = [(k, s) for k in range(len(states)) for s in (ways if args.each_strategy else [k % len(ways)])]
+    queue = iter([Attempt(s, repertoire[s], [args.seed, s, k], states[k]) for k, s in turns])
+    made = perform(task, lambda: next(queue, None), args.noise, min(16, len(turns)))
+    episodes = [(attempt.key, episode) for attempt, episode in made]
 
     def rate(rows):
         lengths = [e.length for e in rows if e.success]
@@ -103,6 +127,29 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines).rstrip()
 
 
+def comparison(others: list[dict], rows: list[dict]) -> str:
+    """Markdown: two measurements of the same tasks beside each other; in bold where the 95 % interval of the difference excludes 0."""
+    found = {row["task"]: row for row in others}
+    pairs = [(found[row["task"]], row) for row in rows if row["task"] in found]
+    if not pairs:
+        return "no task is in both"
+    names = " | ".join(row["assets"] for row in pairs[0])
+    lines = [f"| suite | tasks | mean success: {names} | at 80 % or better | |", "|---" * 6 + "|"]
+    for suite in [*HUMAN_STEPS, "all"]:
+        rates = np.array([[row["success_rate"] for row in pair] for pair in pairs if suite in ("all", pair[0]["task"].split("/")[0])])
+        if len(rates):
+            means, good = 100 * rates.mean(0), (rates >= 0.8).sum(0)
+            lines.append(f"| {suite} | {len(rates)} | {means[0]:.1f} % | {means[1]:.1f} % | {good[0]} | {good[1]} |")
+    lines += ["", f"| task | goal | {names} |", "|---" * 4 + "|"]
+    for pair in pairs:
+        rates, episodes = [row["success_rate"] for row in pair], [row.get("episodes", row["init_states"]) for row in pair]
+        low, high = newcombe_interval(tuple(round(r * n) for r, n in zip(rates, episodes, strict=True)), tuple(episodes))
+        mark = "" if low <= 0 <= high else "**"
+        task = f"{pair[1]['task']} {pair[1]['name'].replace('_', ' ')} | {pair[1]['goal']}"
+        lines.append(f"| {task} | {100 * rates[0]:.0f} % | {mark}{100 * rates[1]:.0f} %{mark} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     args = tyro.cli(Args)
     if args.suite not in (None, "all", *SUITES):
@@ -114,25 +161,28 @@ def main() -> None:
     suites = SUITES if args.suite == "all" else [args.suite]
     tasks = args.tasks or [f"{suite}/{i}" for suite in suites for i in range(len(task_names()[suite]))]
     tasks = ["{}/{}".format(*resolve(task)) for task in tasks]  # a wrong name ends here, not after the first tasks
-    kind = "standin" if is_standin(folder := find_assets(args.assets)) else "libero"
-    asked = {"assets": f"{kind}:{assets_fingerprint(folder)}", "mujoco": mujoco.__version__}
+    asked = {"assets": asset_set(args.assets), "mujoco": mujoco.__version__}
     asked |= {"init_states": args.init_states, "each_strategy": args.each_strategy, "noise": args.noise, "seed": args.seed}
-    rows = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
+    asked["rehearsed_on"] = None if args.rehearsed_on is None else asset_set(args.rehearsed_on)
+    rows = read_rows(args.json) if args.json and args.json.exists() else []
+    revision = versions()["revision"]
+    beside = [] if args.beside is None else read_rows(args.beside)
     done = {row["task"]: row for row in rows if all(row.get(k) == v for k, v in asked.items())}
     others = [row for row in rows if row not in done.values()]  # of other measurements: they stay in the file
     workers = min(args.workers, len(tasks))
     with ProcessPoolExecutor(workers, get_context("spawn"), share_cores, (workers,)) as pool:
         rest = [t for t in tasks if t not in done]
-        how = args.assets, args.init_states, args.each_strategy, args.noise, args.seed
-        futures = [pool.submit(measure, t, *how) for t in rest]
+        futures = [pool.submit(measure, t, args) for t in rest]
         for future in tqdm(as_completed(futures), total=len(tasks), initial=len(tasks) - len(rest), desc="tasks"):
-            row = future.result()
+            row = {**asked, "revision": revision, **future.result()}
             done[row["task"]] = row
             tqdm.write(f"{row['task']}: {100 * row['success_rate']:.0f} %  {row.get('error', '')}", file=sys.stderr)
             if args.json:
                 with atomic_path(args.json) as temporary:
                     temporary.write_text(json.dumps([*others, *done.values()], indent=1))
     print(table([done[t] for t in tasks]))
+    if args.beside is not None:
+        print("\n" + comparison(beside, [done[t] for t in tasks]))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ from common.cli import UserError, run_command, usable_cores
 from common.data import Episode
 from common.demonstrator import Demonstrator, Strategy, strategies
 from common.env import NO_OP, make_env, predicate_holds, share_cores, success
-from common.metrics import wilson_interval
+from common.metrics import newcombe_interval
 from common.networks import make_obs_encoder
 from common.rollout import roll_out
 from common.runs import Progress, load_checkpoint, versions, write_json
@@ -349,12 +349,6 @@ def load_policy(run: Path, assets: str | None) -> tuple[Task, dict, Callable, li
         return agent.act
 
     return load_task(checkpoint["task"], assets), {"obs": args.obs, "image_size": args.image_size}, make, patterns
-
-
-def newcombe_interval(successes: tuple[int, int], trials: tuple[int, int]) -> tuple[float, float]:
-    """95 % interval of the difference of two success rates, first minus second, by their score intervals (Newcombe 1998, method 10)."""
-    (p, q), ((p_low, p_high), (q_low, q_high)) = np.divide(successes, trials), map(wilson_interval, successes, trials)
-    return p - q - float(np.hypot(p - p_low, q_high - q)), p - q + float(np.hypot(p_high - p, q - q_low))
 
 
 def compare_backends(

@@ -303,6 +303,12 @@ def wilson_interval(successes: float, trials: float, confidence: float = 0.95) -
     return max(0.0, float(centre - half)), min(1.0, float(centre + half))
 
 
+def newcombe_interval(successes: tuple[int, int], trials: tuple[int, int]) -> tuple[float, float]:
+    """95 % interval of the difference of two success rates, first minus second, by their score intervals (Newcombe 1998, method 10)."""
+    (p, q), ((p_low, p_high), (q_low, q_high)) = np.divide(successes, trials), map(wilson_interval, successes, trials)
+    return p - q - float(np.hypot(p - p_low, q_high - q)), p - q + float(np.hypot(p_high - p, q - q_low))
+
+
 def bootstrap_interval(
     values: np.ndarray, statistic: Callable = np.mean, confidence: float = 0.95, resamples: int = 5000, seed: int = 0
 ) -> tuple[float, float]:

@@ -21,13 +21,6 @@ from common.tasks import assets_fingerprint, find_assets
 needs_warp = pytest.mark.skipif(tuple(int(x) for x in mujoco.__version__.split(".")[:2]) < (3, 8), reason="MuJoCo Warp needs mujoco 3.8")
 
 
-def test_newcombe_interval():
-    """The first example of Newcombe 1998, table II, method 10; and no difference."""
-    assert fidelity.newcombe_interval((56, 48), (70, 80)) == pytest.approx((0.0524, 0.3339), abs=5e-5)
-    low, high = fidelity.newcombe_interval((200, 200), (200, 200))
-    assert low == pytest.approx(-high) and 0 < high < 0.02
-
-
 def test_report_of_backends():
     rows = [
         dict(task="libero_goal/0", policy="scripted", episodes=200, cpu=198, warp=197, difference=-0.005, interval=(-0.03, 0.02)),
@@ -51,7 +44,7 @@ def test_strategies_take_turns_over_the_init_states(drawer_task, assets, monkeyp
 
     monkeypatch.setattr(demonstrator, "strategies", lambda task: [Strategy(name, {}) for name in "abc"])
     monkeypatch.setattr(demonstrator, "perform", perform)
-    row = demonstrator.measure("libero_goal/0", assets, 5, each, 0.1, 0)
+    row = demonstrator.measure("libero_goal/0", demonstrator.Args(init_states=5, each_strategy=each, assets=assets))
     states = [0, 10, 20, 30, 40]
     assert tried == ([(s, i) for i in states for s in range(3)] if each else list(zip([0, 1, 2, 0, 1], states, strict=True)))
     assert row["success_rate"] == pytest.approx(2 / 3 if each else 3 / 5) and row["episodes"] == len(tried)
@@ -69,22 +62,44 @@ def test_strategies_take_turns_over_the_init_states(drawer_task, assets, monkeyp
 
 
 def test_the_demonstrators_file_keeps_rows_of_other_measurements(tmp_path, monkeypatch, assets, capsys):
-    def measure(task, assets, init_states, each_strategy, noise, seed):
-        row = {"task": task, "name": "", "goal": "on", "success_rate": 1.0, "mean_length": 100.0, "strategies": []}
-        return row | asked | {"init_states": init_states, "each_strategy": each_strategy, "noise": noise, "seed": seed}
+    def measure(task, args):
+        calls.append((task, args.init_states, args.rehearsed_on))
+        return {"task": task, "name": "a_name", "goal": "on", "success_rate": 1.0, "mean_length": 100.0, "episodes": 50, "strategies": []}
 
-    asked = {"assets": f"libero:{assets_fingerprint(find_assets(str(assets)))}", "mujoco": mujoco.__version__}
-    other = measure("libero_goal/0", assets, 6, True, 0.1, 0)  # the same task, measured otherwise
-    (tmp_path / "rows.json").write_text(json.dumps([other]))
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["demonstrator", "--assets", str(assets), "--json", str(tmp_path / "rows.json"), *flags])
+        demonstrator.main()
+        return capsys.readouterr().out
+
+    calls: list = []
     monkeypatch.setattr(demonstrator, "measure", measure)
     monkeypatch.setattr(demonstrator, "ProcessPoolExecutor", lambda *workers: ThreadPoolExecutor(1))
-    flags = ["--tasks", "libero_goal/0", "libero_goal/1", "--assets", str(assets), "--json", str(tmp_path / "rows.json")]
-    monkeypatch.setattr(sys, "argv", ["demonstrator", *flags])
-    demonstrator.main()
+    first = run("--tasks", "libero_goal/0", "--init-states", "6")
+    second = run("--tasks", "libero_goal/0", "libero_goal/1")  # the same task, measured otherwise, and another
+    again = run("--tasks", "libero_goal/0", "libero_goal/1", "--beside", str(tmp_path / "rows.json"))
+    assert calls == [("libero_goal/0", 6, None), ("libero_goal/0", 50, None), ("libero_goal/1", 50, None)]
+    assert "| all | 1 | 1 | 100.0 % |" in first and again.startswith(second.rstrip())
+    run("--tasks", "libero_goal/0", "--rehearsed-on", str(assets))
+    assert calls[3:] == [("libero_goal/0", 50, str(assets))]
     rows = json.loads((tmp_path / "rows.json").read_text())
-    found = sorted((row["task"], row["init_states"]) for row in rows)  # the tasks come in the order in which they end
-    assert found == [("libero_goal/0", 6), ("libero_goal/0", 50), ("libero_goal/1", 50)]
-    assert "| all | 2 | 2 | 100.0 % |" in capsys.readouterr().out
+    assets_of = f"libero:{assets_fingerprint(find_assets(str(assets)))}"
+    assert {row["assets"] for row in rows} == {assets_of} and all(row["revision"] for row in rows)
+    found = [(row["task"], row["init_states"], row["rehearsed_on"]) for row in rows]
+    assert found == [(task, states, assets_of if other else None) for task, states, other in calls]
+
+
+def test_success_on_two_asset_sets():
+    def row(task, rate, assets):
+        return {"task": task, "name": "a_name", "goal": "on", "assets": assets, "init_states": 50, "success_rate": rate}
+
+    others = [row(f"libero_goal/{i}", rate, "libero:1") for i, rate in enumerate((1.0, 0.9, 0.7, 0.5))]
+    rows = [row(f"libero_goal/{i}", rate, "standin:2") for i, rate in enumerate((0.88, 0.86, 0.9))]
+    lines = demonstrator.comparison(others, rows).splitlines()
+    # Newcombe's interval of 50 against 44 of 50: 0.12 lies in (0.02, 0.24)
+    tasks = ("0 a name | on | 100 % | **88 %** |", "1 a name | on | 90 % | 86 % |", "2 a name | on | 70 % | **90 %** |")
+    assert lines[2:4] == [f"| {suite} | 3 | 86.7 % | 88.0 % | 2 | 3 |" for suite in ("libero_goal", "all")]
+    assert lines[5:] == ["| task | goal | libero:1 | standin:2 |", "|---|---|---|---|", *(f"| libero_goal/{t}" for t in tasks)]
+    assert demonstrator.comparison(others[3:], rows) == "no task is in both"
 
 
 @needs_warp
@@ -137,6 +152,9 @@ def test_refused(capsys, tmp_path):
         ("--part backends --device cpu --runs nowhere", "nowhere is not the folder of a finished run"),
     ):
         assert message in refused(fidelity, capsys, tmp_path, *flags.split())
+    assert "can't be read as a file of --json" in refused(
+        demonstrator, capsys, tmp_path, "--tasks", "libero_goal/0", "--beside", "nothing.json"
+    )
     assert "name at least one HDF5 file" in refused(frames, capsys, tmp_path, "--out", str(tmp_path / "x.png"))
     with pytest.raises(UserError, match="is not the folder of a finished run"):
         fidelity.load_policy(tmp_path, None)

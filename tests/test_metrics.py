@@ -186,6 +186,13 @@ def test_wilson_interval():
         metrics.wilson_interval(3, 2)
 
 
+def test_newcombe_interval():
+    """The first example of Newcombe 1998, table II, method 10; and no difference."""
+    assert metrics.newcombe_interval((56, 48), (70, 80)) == pytest.approx((0.0524, 0.3339), abs=5e-5)
+    low, high = metrics.newcombe_interval((200, 200), (200, 200))
+    assert low == pytest.approx(-high) and 0 < high < 0.02
+
+
 def test_bootstrap_interval():
     """The mean of n draws from n/2 zeros and n/2 ones is Binomial(n, 1/2) / n."""
     low, high = metrics.bootstrap_interval([0, 1] * 50, resamples=20000)
