@@ -277,6 +277,7 @@ def small_objects() -> list[Thing]:
 
     pan = [
         *prism(72, 0.8, 12.2, BLACK, (4, -1), sides=12),
+        look("cylinder", (5, -0.7, 7.6), (78, 4.6), BLACK),  # seen only: what collides leaves a slit at the wall
         *ring(((78.4, 4.5), (100.5, 40.5)), 3.6, 16, BLACK, (6, -0.5)),
         *chain(0, ((103, 17), (128, 30)), 10.5, 9, BLACK),
         *chain(0, ((127, 35.5), (258.6, 52.7)), 12.7, 6.2, DARK),
