@@ -1,8 +1,9 @@
-"""How far the stand-in assets are from LIBERO's, object by object: masses, sizes, inertia and regions.
+"""How far the stand-in assets are from LIBERO's: object by object, and where things come to rest in whole scenes.
 
-    python -m benchmarks.standins --assets DIR
+    python -m benchmarks.standins --assets DIR                  # masses, sizes, inertia and regions
+    python -m benchmarks.standins --assets DIR --settle all     # and all 130 tasks after two seconds of no-ops
 
-Prints the Markdown table of docs/standins.md. Both asset sets are read by MuJoCo itself, without LIBERO's or robosuite's code.
+Prints the Markdown tables of docs/standins.md. The objects' files are read by MuJoCo itself, without LIBERO's or robosuite's code.
 """
 
 from __future__ import annotations
@@ -13,16 +14,23 @@ from pathlib import Path
 
 import mujoco
 import numpy as np
+from gymnasium.vector import AutoresetMode
+from tqdm import tqdm
 
 from common.cli import UserError, run_command
+from common.env import NO_OP, make_env
 from common.standins import fixtures, is_standin, small_objects, standin_assets
-from common.tasks import find_assets
+from common.tasks import SUITES, find_assets, load_task, resolve, task_names
 
 
 @dataclasses.dataclass
 class Args:
-    """Compare the stand-ins with LIBERO's assets, object by object."""
+    """Compare the stand-ins with LIBERO's assets: object by object, and where things come to rest."""
 
+    settle: str | None = None
+    """let the scenes of this suite, task or of all tasks (all) come to rest from official init states, on both asset sets"""
+    init_states: int = 4
+    """how many of a task's 50 official init states"""
     assets: str | None = None
     """LIBERO's asset folder (default: $LIBERO_ASSETS, else LIBERO's own, else a download)"""
 
@@ -103,13 +111,65 @@ def table(pairs: dict[str, tuple[Measures, Measures]]) -> str:
     return "\n".join(lines)
 
 
+def rest(task_id: str, assets: Path | str, init_states: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """After two seconds of no-ops: positions (n, objects, 3) of what is free, (n, joints) of what is not, and speeds (n, objects)."""
+    task = load_task(task_id, str(assets))
+    free = [o.joint_qpos for o in task.objects.values() if o.joint_qpos is not None]
+    joints = [task.model.jnt_qposadr[j] for o in task.objects.values() if o.joint_qpos is None for j in o.joints]
+    env = make_env(task, init_states, autoreset_mode=AutoresetMode.DISABLED)
+    env.reset(options={"init_state": np.linspace(0, len(task.init_states), init_states, endpoint=False).astype(int)})
+    everyone = np.ones(init_states, bool)  # those whose goal holds go on, too
+    for _ in range(40):
+        env.step(np.tile(NO_OP, (init_states, 1)), everyone)
+    before = env.get_state()[:, 1:]
+    env.step(np.tile(NO_OP, (init_states, 1)), everyone)
+    after = env.get_state()[:, 1:]
+    env.close()
+    positions = np.stack([after[:, i : i + 3] for i in free], 1)
+    speeds = np.linalg.norm(positions - np.stack([before[:, i : i + 3] for i in free], 1), axis=-1) * 20  # control steps a second
+    return positions, after[:, joints], speeds
+
+
+def settled(task_ids: list[str], assets: Path, init_states: int) -> str:
+    """Markdown: how far apart things rest on the two asset sets, a line a suite."""
+    found: dict[str, list] = {}
+    for task_id in tqdm(task_ids, desc="tasks"):
+        (real, real_joints, real_speed), (ours, our_joints, our_speed) = (rest(task_id, a, init_states) for a in (assets, "standin"))
+        aside = np.linalg.norm((ours - real)[..., :2], axis=-1).ravel()
+        rise = np.abs((ours - real)[..., 2]).ravel()
+        joints = np.abs(our_joints - real_joints).ravel()
+        row = aside, rise, joints, real_speed.ravel(), our_speed.ravel()
+        for name in (task_id.split("/")[0], "all"):
+            found.setdefault(name, []).append(row)
+    columns = ["", "tasks", "objects at rest", "aside (mm): median", "90 %", "largest", "height (mm): median", "90 %", "largest"]
+    columns += ["joints (mm, mrad): largest", "still moving (over 1 cm/s): LIBERO", "stand-ins"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name in sorted(found, key=lambda n: (n == "all", n)):
+        aside, rise, joints, real_speed, our_speed = (np.concatenate(x) for x in zip(*found[name], strict=True))
+        cells = [name, str(len(found[name])), str(len(aside))]
+        cells += [f"{1e3 * q:.1f}" for values in (aside, rise) for q in np.quantile(values, (0.5, 0.9, 1.0))]
+        cells += [f"{1e3 * joints.max():.1f}" if len(joints) else "", str((real_speed > 0.01).sum()), str((our_speed > 0.01).sum())]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     import tyro
 
-    folder = find_assets(tyro.cli(Args).assets)
+    args = tyro.cli(Args)
+    if not 1 <= args.init_states <= 50:
+        raise UserError("--init-states is 1 to 50")
+    if args.settle in ("all", *SUITES):
+        suites = SUITES if args.settle == "all" else [args.settle]
+        task_ids = [f"{suite}/{i}" for suite in suites for i in range(len(task_names()[suite]))]
+    else:
+        task_ids = [] if args.settle is None else ["{}/{}".format(*resolve(args.settle))]
+    folder = find_assets(args.assets)
     if is_standin(folder):
         raise UserError("LIBERO's own assets are needed: name their folder with --assets DIR")
     print(table(compare(folder)))
+    if task_ids:
+        print("\n" + settled(task_ids, folder, args.init_states))
 
 
 if __name__ == "__main__":

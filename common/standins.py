@@ -176,7 +176,7 @@ def bowl(base: float, low: float, high: float, profile, walls: Sequence[float], 
     As many planks as in LIBERO: with 12, the corners of a bowl that slips into a drawer catch at the handle of the drawer above.
     """
     rings = [s for i, thick in enumerate(walls) for s in ring(profile[i : i + 2], thick, 19, colour, seen=seen)]
-    return [*prism(base, low, high, colour, weight=1.34), *rings]
+    return [*prism(base, low, high, colour), *rings]
 
 
 def dressing() -> list[Shape]:
