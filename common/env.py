@@ -10,6 +10,9 @@ import ctypes
 import functools
 import logging
 import math
+import multiprocessing
+import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -461,9 +464,14 @@ _processes = 1
 
 
 def share_cores(processes: int) -> None:
-    """Say in each of several processes that work side by side that the cores are shared: environments take one share of them."""
+    """For each of several worker processes at its start: environments take one share of the cores, and the worker ends with its parent.
+
+    A parent that is killed tells its workers nothing: they would finish what they are at, and then wait for more for ever.
+    """
     global _processes
     _processes = processes
+    if (parent := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 class LiberoEnv(VectorEnv):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import textwrap
+import time
 from pathlib import Path
 
 import mujoco
@@ -290,6 +293,38 @@ def test_processes_that_work_side_by_side_share_the_cores(drawer_task, monkeypat
         env = make_env(drawer_task, 1)
         assert env._num_threads == threads
         env.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for the worker in /proc")
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    code = """
+        import os, time
+        from concurrent.futures import ProcessPoolExecutor
+        from multiprocessing import get_context
+        from common.env import share_cores
+        if __name__ == "__main__":
+            with ProcessPoolExecutor(1, get_context("spawn"), share_cores, (1,)) as pool:
+                print(pool.submit(os.getpid).result(), flush=True)
+                pool.submit(time.sleep, 60).result()
+    """
+    (tmp_path / "parent.py").write_text(textwrap.dedent(code))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "parent.py")], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while running(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not running(worker)
+
+
+def running(pid: int) -> bool:
+    """Whether a process is there and not a zombie (in a container nobody may wait for an orphan)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_num_envs_and_threads_change_nothing(drawer_task):
