@@ -14,7 +14,7 @@ import mujoco
 import numpy as np
 import pytest
 
-from benchmarks.standins import compare, table
+from benchmarks import standins as benchmark
 from common import standins, tasks
 from common.cli import UserError
 from common.env import NO_OP, make_env, predicate_holds
@@ -203,18 +203,18 @@ RISES = {
 
 def test_as_libero_measures(real_assets):
     """All 33 objects and fixtures against LIBERO's: mass, centre of mass, extent, inertia, and the regions that goals refer to."""
-    pairs = compare(Path(real_assets))
+    pairs = benchmark.compare(Path(real_assets))
     assert len(pairs) == 33
     for name, (real, ours) in pairs.items():
         assert ours.mass == pytest.approx(real.mass, rel=0.01), name
         assert np.linalg.norm(ours.centre - real.centre) < (0.01 if name == "wooden_two_layer_shelf" else 0.0055), name
         assert np.abs(ours.box - real.box).max() < 0.006, name
         slender = name in ("alphabet_soup", "tomato_sauce", "wine_bottle")  # about their axis
-        np.testing.assert_allclose(ours.inertia, real.inertia, rtol=0.35 if slender else 0.09, err_msg=name)
+        np.testing.assert_allclose(ours.inertia, real.inertia, rtol=0.35 if slender else 0.12, err_msg=name)
         assert ours.regions.keys() == real.regions.keys()
         for site, region in real.regions.items():
             np.testing.assert_allclose(ours.regions[site], region, atol=1e-4, err_msg=site)
-    wide = table({"butter": pairs["butter"]}).splitlines()
+    wide = benchmark.table({"butter": pairs["butter"]}).splitlines()
     assert wide[2] == "| butter | 5.2 | 5.2 | 0.0 | 0.0 | 0.99 to 0.99 |  | 1 | 1 |" and wide[0].count("|") == wide[2].count("|")
 
 
@@ -245,6 +245,25 @@ def test_settles(standin_tasks, task_id):
         assert np.linalg.norm(later[:, i : i + 3] - after[:, i : i + 3], axis=1).max() < 0.002, name  # in 0.05 s
         dots = np.abs((after[:, i + 3 : i + 7] * before[:, i + 3 : i + 7]).sum(1))
         assert np.degrees(2 * np.arccos(np.clip(dots, 0, 1))).max() < 15, name
+
+
+def test_rest_on_two_asset_sets(standin_tasks, monkeypatch):
+    """Of a task, positions of what is free and of joints, and speeds; of several, how far apart two sets of them are."""
+    task = standin_tasks["libero_spatial/0"]
+    monkeypatch.setattr(benchmark, "load_task", lambda task_id, assets: task)
+    positions, joints, speeds = benchmark.rest("libero_spatial/0", "standin", 2)
+    free = [o.joint_qpos for o in task.objects.values() if o.joint_qpos is not None]
+    assert positions.shape == (2, len(free), 3) and speeds.shape == (2, len(free)) and (speeds < 0.01).all()
+    np.testing.assert_allclose(positions[:, :, :2], np.stack([task.init_states[[0, 25]][:, 1 + i : 3 + i] for i in free], 1), atol=0.06)
+    assert joints.shape == (2, 4) and np.abs(joints).max() < 0.01  # three drawers and a knob
+
+    shift = np.zeros((2, 2, 3))
+    shift[0, 0] = 0.003, 0.004, 0.0  # 5 mm aside
+    shift[1, 1] = 0.0, 0.0, -0.002  # 2 mm lower
+    rests = {"real": (np.zeros((2, 2, 3)), np.zeros((2, 1)), np.zeros((2, 2))), "standin": (shift, np.full((2, 1), -0.001), np.eye(2))}
+    monkeypatch.setattr(benchmark, "rest", lambda task_id, assets, n: rests[assets])
+    lines = benchmark.settled(["libero_goal/0"], "real", 2).splitlines()
+    assert lines[2:] == [f"| {name} | 1 | 4 | 0.0 | 3.5 | 5.0 | 0.0 | 1.4 | 2.0 | 1.0 | 0 | 2 |" for name in ("libero_goal", "all")]
 
 
 def drop(task: tasks.Task, name: str, position: np.ndarray, seconds: float = 1.5) -> mujoco.MjData:
