@@ -170,9 +170,9 @@ def carton(half: float, low: float, shoulder: float, top: float, colour, cap) ->
     return lying([body, *roof, ridge, stripe])
 
 
-def bowl(base: float, low: float, high: float, profile, walls: Sequence[float], sides: int, colour, seen: float) -> list[Shape]:
-    """A disc of radius `base` and two rings of `sides` planks that widen upwards, with half thicknesses `walls`."""
-    rings = [s for i, thick in enumerate(walls) for s in ring(profile[i : i + 2], thick, sides, colour, seen=seen)]
+def bowl(base: float, low: float, high: float, profile, walls: Sequence[float], colour, seen: float) -> list[Shape]:
+    """A disc of radius `base` and two rings that widen upwards, with half thicknesses `walls`."""
+    rings = [s for i, thick in enumerate(walls) for s in ring(profile[i : i + 2], thick, 12, colour, seen=seen)]
     return [*prism(base, low, high, colour), *rings]
 
 
@@ -286,9 +286,8 @@ def small_objects() -> list[Thing]:
     walls += [plank(a, (66.2, 18), (71.4, 145.5), 72.4, 6.7, WOOD) for a in (90, 270)]
     contain = Site("contain_region", (0, 0, 71.85), (61.08, 61.08, 69.49), (0, 0, 0, 1), rgba="0.8 0 0 0")
     # LIBERO's lower walls are as thin: thicker ones bounce when the white bowl is dropped on the microwave, as official states do.
-    # LIBERO's planks are as many: with 12, the corners of a black bowl in a drawer catch at the handle of the drawer above.
-    black_bowl = bowl(23.5, 1.6, 6.8, ((23.4, 4.0), (43.0, 15.6), (52.0, 51.7)), (0.7, 1.25), 19, BLACK, 1.06)
-    white_bowl = bowl(17.3, 0.6, 4.2, ((17.4, 3.0), (32.8, 10.4), (39.3, 34.8)), (0.5, 1.0), 12, WHITE, 1.08)
+    black_bowl = bowl(23.5, 1.6, 6.8, ((23.0, 4.5), (43.5, 15.5), (52.0, 51.7)), (0.7, 1.2), BLACK, 1.06)
+    white_bowl = bowl(17.3, 0.6, 4.2, ((17.4, 3.0), (32.8, 10.4), (39.3, 34.8)), (0.5, 1.0), WHITE, 1.08)
     ramekin = [*prism(35, 0.9, 7.3, WHITE), *ring(((35.2, 1), (41.3, 42.3)), 2.6, 12, WHITE, seen=1.35)]
     crockery = [
         scanned("akita_black_bowl", 5.6, black_bowl, pos=(0, -100, 0)),
