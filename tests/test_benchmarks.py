@@ -16,7 +16,6 @@ from benchmarks import demonstrator, fidelity, frames, throughput
 from common.cli import UserError
 from common.demonstrator import SKILLS, Strategy
 from common.env import make_env
-from common.tasks import assets_fingerprint, find_assets
 
 needs_warp = pytest.mark.skipif(tuple(int(x) for x in mujoco.__version__.split(".")[:2]) < (3, 8), reason="MuJoCo Warp needs mujoco 3.8")
 
@@ -61,7 +60,7 @@ def test_strategies_take_turns_over_the_init_states(drawer_task, assets, monkeyp
     assert lines[-1] == "- libero_10/0: no way" and sum(" b | 0 % |  |" in line for line in lines) == 2
 
 
-def test_the_demonstrators_file_keeps_rows_of_other_measurements(tmp_path, monkeypatch, assets, capsys):
+def test_the_demonstrators_file_keeps_rows_of_other_measurements(drawer_task, tmp_path, monkeypatch, assets, capsys):
     def measure(task, args):
         calls.append((task, args.init_states, args.rehearsed_on))
         return {"task": task, "name": "a_name", "goal": "on", "success_rate": 1.0, "mean_length": 100.0, "episodes": 50, "strategies": []}
@@ -82,10 +81,9 @@ def test_the_demonstrators_file_keeps_rows_of_other_measurements(tmp_path, monke
     run("--tasks", "libero_goal/0", "--rehearsed-on", str(assets))
     assert calls[3:] == [("libero_goal/0", 50, str(assets))]
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assets_of = f"libero:{assets_fingerprint(find_assets(str(assets)))}"
-    assert {row["assets"] for row in rows} == {assets_of} and all(row["revision"] for row in rows)
+    assert {row["assets"] for row in rows} == {drawer_task.assets} and all(row["revision"] for row in rows)
     found = [(row["task"], row["init_states"], row["rehearsed_on"]) for row in rows]
-    assert found == [(task, states, assets_of if other else None) for task, states, other in calls]
+    assert found == [(task, states, drawer_task.assets if other else None) for task, states, other in calls]
 
 
 def test_success_on_two_asset_sets():
