@@ -69,6 +69,11 @@ def asset_set(choice: str | None) -> str:
     return f"{kind}:{assets_fingerprint(folder)}"
 
 
+def suite_tasks(suite: str) -> list[str]:
+    """The ids of a suite's tasks, or of all."""
+    return [f"{name}/{i}" for name in (SUITES if suite == "all" else [suite]) for i in range(len(task_names()[name]))]
+
+
 def read_rows(path: Path) -> list[dict]:
     """What --json has written."""
     try:
@@ -158,8 +163,7 @@ def main() -> None:
         raise UserError("name either --tasks or a --suite")
     if not 1 <= args.init_states <= 50 or args.noise < 0 or args.workers < 1:
         raise UserError("--init-states is 1 to 50, --noise at least 0, --workers at least 1")
-    suites = SUITES if args.suite == "all" else [args.suite]
-    tasks = args.tasks or [f"{suite}/{i}" for suite in suites for i in range(len(task_names()[suite]))]
+    tasks = args.tasks or suite_tasks(args.suite)
     tasks = ["{}/{}".format(*resolve(task)) for task in tasks]  # a wrong name ends here, not after the first tasks
     asked = {"assets": asset_set(args.assets), "mujoco": mujoco.__version__}
     asked |= {"init_states": args.init_states, "each_strategy": args.each_strategy, "noise": args.noise, "seed": args.seed}

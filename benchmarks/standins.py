@@ -17,10 +17,11 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from tqdm import tqdm
 
+from benchmarks.demonstrator import suite_tasks
 from common.cli import UserError, run_command
 from common.env import NO_OP, make_env
 from common.standins import fixtures, is_standin, small_objects, standin_assets
-from common.tasks import SUITES, find_assets, load_task, resolve, task_names
+from common.tasks import SUITES, find_assets, load_task, resolve
 
 
 @dataclasses.dataclass
@@ -118,11 +119,10 @@ def rest(task_id: str, assets: Path | str, init_states: int) -> tuple[np.ndarray
     joints = [task.model.jnt_qposadr[j] for o in task.objects.values() if o.joint_qpos is None for j in o.joints]
     env = make_env(task, init_states, autoreset_mode=AutoresetMode.DISABLED)
     env.reset(options={"init_state": np.linspace(0, len(task.init_states), init_states, endpoint=False).astype(int)})
-    everyone = np.ones(init_states, bool)  # those whose goal holds go on, too
     for _ in range(40):
-        env.step(np.tile(NO_OP, (init_states, 1)), everyone)
+        env.step(np.tile(NO_OP, (init_states, 1)))
     before = env.get_state()[:, 1:]
-    env.step(np.tile(NO_OP, (init_states, 1)), everyone)
+    env.step(np.tile(NO_OP, (init_states, 1)))
     after = env.get_state()[:, 1:]
     env.close()
     positions = np.stack([after[:, i : i + 3] for i in free], 1)
@@ -160,8 +160,7 @@ def main() -> None:
     if not 1 <= args.init_states <= 50:
         raise UserError("--init-states is 1 to 50")
     if args.settle in ("all", *SUITES):
-        suites = SUITES if args.settle == "all" else [args.settle]
-        task_ids = [f"{suite}/{i}" for suite in suites for i in range(len(task_names()[suite]))]
+        task_ids = suite_tasks(args.settle)
     else:
         task_ids = [] if args.settle is None else ["{}/{}".format(*resolve(args.settle))]
     folder = find_assets(args.assets)
