@@ -92,7 +92,7 @@ class Args:
     """K, or auto: the K from 2 to 12 with the best silhouette"""
     label_level: Literal["trajectory", "state"] = "trajectory"
     """whether a whole demonstration has one pattern, or each of its states its own"""
-    vib_beta: float = 0.02
+    vib_beta: float = 0.3
     """weight of KL(q(z|s) || p(z)), the variational information bottleneck"""
     discover_steps: int = 400
     """gradient steps of the autoencoder"""
@@ -853,7 +853,7 @@ def main() -> None:
     features = rollout.path_features(task, corpus)
     distances = metrics.pairwise_dtw(features)
     within, between = metrics.within_between(distances, commanded)
-    consistency = rollout.measure_consistency(eval_env, agent.act, alive, args.demo_noise, args.seed + 5, progress)
+    consistency = rollout.measure_consistency(eval_env, agent.act, alive, args.eval_episodes, args.demo_noise, args.seed + 5, progress)
     rollout.write_corpus(run, task, corpus, "dlr_discover", demo_source, args.corpus_images, args.assets, progress)
     rollout.plot_corpus(run, task, features, commanded, distances)
     plots.plot_leakage(run / "figures" / "leakage.png", confusion, task.language)

@@ -513,7 +513,7 @@ def main() -> None:
     features = rollout.path_features(task, corpus)
     distances = metrics.pairwise_dtw(features)
     within, between = metrics.within_between(distances, patterns)
-    consistency = rollout.measure_consistency(eval_env, agent.act, [0], args.demo_noise, args.seed + 5, progress)
+    consistency = rollout.measure_consistency(eval_env, agent.act, [0], args.eval_episodes, args.demo_noise, args.seed + 5, progress)
     rollout.write_corpus(run, task, corpus, "gaussian_ppo", demo_source, args.corpus_images, args.assets, progress)
     rollout.plot_corpus(run, task, features, patterns, distances)
     history = np.array([[0.0, learn_success], *checkpoint["history"]])

@@ -235,7 +235,7 @@ def with_intervals(task: Task, episodes: list[Episode], per_pattern: list[dict] 
 def demonstrator_consistency(task: Task, noise: float) -> float:
     """`rollout.measure_consistency` of the scripted demonstrator, a pattern being a strategy."""
     ways = len(strategies(task))
-    states, repeats = rollout.same_starts(task, ways)
+    states, repeats = rollout.same_starts(task, ways, len(task.init_states))
     episodes = collect(task, ways * len(states) * repeats, noise=noise, keep_failures=True, init_states=states)
     return rollout.dispersion(task, episodes, "strategy_index")
 

@@ -165,10 +165,10 @@ class Disturbed:
         return actions.clip(-1, 1)
 
 
-def same_starts(task: Task, num_patterns: int) -> tuple[range, int]:
-    """What consistency is measured on: the official init states that each pattern begins from, ten of all patterns or a few more, and
-    how often it is rolled out from each."""
-    return range(min(-(-10 // num_patterns), len(task.init_states))), 4
+def same_starts(task: Task, num_patterns: int, init_states: int) -> tuple[range, int]:
+    """What consistency is measured on: the official init states that each pattern begins from, ten of all patterns or a few more but
+    at most `init_states`, and how often it is rolled out from each."""
+    return range(min(-(-10 // num_patterns), init_states, len(task.init_states))), 4
 
 
 def dispersion(task: Task, episodes: Sequence[Episode], pattern: str = "pattern") -> float:
@@ -178,14 +178,14 @@ def dispersion(task: Task, episodes: Sequence[Episode], pattern: str = "pattern"
 
 
 def measure_consistency(
-    env: LiberoVectorEnv, policy: Policy, patterns: Sequence[int], noise: float, seed: int, progress: Progress
+    env: LiberoVectorEnv, policy: Policy, patterns: Sequence[int], init_states: int, noise: float, seed: int, progress: Progress
 ) -> float:
     """`dispersion` of rollouts from the same init state with the same pattern, in m; lower is more consistent.
 
     The policies that are evaluated are deterministic, so what parts the rollouts is action noise (standard deviation `noise`), the
     same for every policy as for the scripted demonstrator: it measures how firmly a policy comes back to its way.
     """
-    states, repeats = same_starts(env.task, len(patterns))
+    states, repeats = same_starts(env.task, len(patterns), init_states)
     jobs = [(z, i) for z in patterns for i in states for _ in range(repeats)]
     progress.stage("consistency", len(jobs))
     return dispersion(env.task, roll_out(env, Disturbed(policy, noise, seed), jobs, lambda e: progress.update(1)))

@@ -204,6 +204,21 @@ def test_discover_finds_the_four_ways(seed):
     assert all(len(z) == len(demo) and (z == p).all() for z, demo, p in zip(states, demos, patterns, strict=True))
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_encoder_does_not_learn_few_demonstrations_by_heart(seed):
+    """Where things stood tells demonstrations apart, and says nothing about the way: an encoder that took it in would err on others."""
+
+    def paths(number, seed):
+        demos, truth = four_ways(number, strays=0, seed=seed)
+        places = np.random.default_rng(seed).normal(size=(number, 3)).astype(np.float32)
+        return np.stack([np.hstack([path, np.tile(row, (32, 1))]) for path, row in zip(paths_of(demos, 32), places, strict=True)]), truth
+
+    encoder, labels = dlr_discover.discover(Args(seed=seed + 1), (known := paths(24, seed))[0], LAYOUT, 4)
+    assert metrics.adjusted_rand_index([dlr_discover.episode_pattern(row) for row in labels], known[1]) == 1.0
+    others, truth = paths(200, seed + 100)
+    assert metrics.adjusted_rand_index([encoder.recognise(path) for path in others], truth) >= 0.95
+
+
 def test_discover_at_state_level_labels_each_state():
     demos, _ = four_ways(60, strays=0)
     args = Args(label_level="state", discover_steps=100)

@@ -350,10 +350,15 @@ def test_consistency_is_the_dispersion_that_action_noise_makes(short_env):
     policy = drawer_pusher(short_env)
 
     def measure(noise):
-        return rollout.measure_consistency(short_env, policy, [1], noise, 3, Progress(interval=1e9))
+        return rollout.measure_consistency(short_env, policy, [1], 50, noise, 3, Progress(interval=1e9))
 
     assert measure(0.0) < 1e-9 < measure(0.1) < 0.01  # two steps of up to a few mm
-    assert math.isnan(rollout.measure_consistency(short_env, policy, [0], 0.1, 3, Progress(interval=1e9)))  # no success
+    assert math.isnan(rollout.measure_consistency(short_env, policy, [0], 50, 0.1, 3, Progress(interval=1e9)))  # no success
+
+
+@pytest.mark.parametrize("num_patterns, init_states, starts", [(1, 50, 10), (3, 50, 4), (8, 50, 2), (1, 3, 3), (1, 99, 10)])
+def test_consistency_takes_ten_starts_or_as_many_as_are_evaluated(drawer_task, num_patterns, init_states, starts):
+    assert rollout.same_starts(drawer_task, num_patterns, init_states) == (range(starts), 4)
 
 
 def test_noise_leaves_the_gripper_alone():
