@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -43,21 +44,26 @@ class Args:
     """weights of the information bottleneck"""
     num_patterns: int = 8
     """K of --tasks"""
-    label_level: str = "trajectory"
-    """of --tasks: trajectory or state"""
+    label_level: Literal["trajectory", "state"] = "trajectory"
+    """of --tasks"""
     held_out: int = 160
     """demonstrations that Discover is not trained on"""
     assets: str | None = None
-    """of --tasks: LIBERO's asset folder, or standin (default: $LIBERO_ASSETS, else LIBERO's own, else a download, else stand-ins)"""
+    """LIBERO's asset folder, or for --tasks standin (default: $LIBERO_ASSETS, else LIBERO's own, else a download, else stand-ins)"""
 
 
-def read_run(run: Path) -> dlr_discover.Args:
-    """The arguments of a finished run."""
+def read_run(run: Path, assets: str | None) -> dlr_discover.Args:
+    """The arguments of a finished run, with `assets` for LIBERO's own unless it ran on stand-ins."""
     try:
-        stored = json.loads((run / "config.json").read_text())["args"]
-        json.loads((run / "summary.json").read_text())
+        config, summary = (json.loads((run / name).read_text()) for name in ("config.json", "summary.json"))
+        if (config["script"], config["demos"]) != ("dlr_discover", "scripted"):
+            raise ValueError
+        stored = config["args"] | {"num_patterns": summary["num_patterns"]}
+        stored["assets"] = "standin" if config["assets"].startswith("standin:") else assets
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{run} is not the folder of a finished run of dlr_discover.py") from error
+        raise UserError(f"{run} is not the folder of a finished run of dlr_discover.py with scripted demonstrations") from error
+    if (found := load_task(stored["task"], stored["assets"]).assets) != config["assets"]:
+        raise UserError(f"{run} was made with assets {config['assets']}, not {found}; give its own with --assets")
     names = {f.name for f in dataclasses.fields(dlr_discover.Args)}
     return dlr_discover.Args(**{name: value for name, value in stored.items() if name in names})
 
@@ -76,6 +82,7 @@ def measure(args: dlr_discover.Args, betas: list[float], held_out: int, run: Pat
     known, unknown = ([e.attrs["strategy"] for e in episodes] for episodes in (demos, others))
     demo_paths = np.stack([path(observe_states(task, e.states)) for e in demos])
     other_paths, corpus_paths = ([path(rollout.trajectory_observations(task, e)) for e in episodes] for episodes in (others, corpus))
+    progress.stage(f"{task.suite}/{task.index} seed {args.seed}", len(betas))
     lines = []
     for beta in betas:
         encoder, labels = dlr_discover.discover(dataclasses.replace(args, vib_beta=beta), demo_paths, layout, args.num_patterns)
@@ -84,8 +91,7 @@ def measure(args: dlr_discover.Args, betas: list[float], held_out: int, run: Pat
         theirs = metrics.adjusted_rand_index([encoder.recognise(x) for x in other_paths], unknown)
         cells = [f"{task.suite}/{task.index}", args.seed, beta, len(set(patterns)), f"{ours:.2f}", f"{theirs:.2f}"]
         if run:
-            stored = np.asarray(load_checkpoint(run / "checkpoint.pt", "dlr_discover")["labels"])
-            before = [dlr_discover.episode_pattern(row) for row in stored]
+            before = [dlr_discover.episode_pattern(row.numpy()) for row in load_checkpoint(run / "checkpoint.pt", "dlr_discover")["labels"]]
             recognised = [encoder.recognise(x) for x in corpus_paths]
             leak = metrics.leakage([e.attrs["pattern"] for e in corpus], recognised, args.num_patterns)
             cells += [f"{np.mean(np.equal(patterns, before)):.0%}", f"{leak:.1%}"]
@@ -101,12 +107,9 @@ def main() -> None:
     torch.set_num_threads(1)
     common = {"num_patterns": args.num_patterns, "label_level": args.label_level, "assets": args.assets}
     jobs = [(dlr_discover.Args(task=task, seed=seed, **common), None) for task in args.tasks for seed in args.seeds]
-    jobs += [(read_run(run), run) for run in args.runs]
+    jobs += [(read_run(run, args.assets), run) for run in args.runs]
     progress = Progress()
-    lines = []
-    for job, run in jobs:
-        progress.stage(f"{job.task} {job.seed}", len(args.vib_beta))
-        lines += measure(job, args.vib_beta, args.held_out, run, progress)
+    lines = [line for job, run in jobs for line in measure(job, args.vib_beta, args.held_out, run, progress)]
     progress.close()
     head = ["task", "seed", "beta", "alive", "adjusted Rand index: trained on", "held out"]
     head += ["same labels", "p_leak"] if args.runs else []

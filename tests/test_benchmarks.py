@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +13,14 @@ import numpy as np
 import pytest
 from test_gaussian_ppo import refused
 
-from benchmarks import demonstrator, fidelity, frames, throughput
+import dlr_discover
+from benchmarks import demonstrator, fidelity, frames, recognition, throughput
+from common import rollout
 from common.cli import UserError
-from common.demonstrator import SKILLS, Strategy
+from common.data import read_episodes
+from common.demonstrator import SKILLS, Strategy, write_demonstrations
 from common.env import make_env
+from common.runs import Progress, save_checkpoint, write_json
 
 needs_warp = pytest.mark.skipif(tuple(int(x) for x in mujoco.__version__.split(".")[:2]) < (3, 8), reason="MuJoCo Warp needs mujoco 3.8")
 
@@ -143,6 +148,54 @@ def test_frames_of_a_demonstration_lie_beside_each_other(demos, assets, monkeypa
     assert args.out.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_recognition_counts_what_a_policy_did_instead(demos, drawer_task, assets, tmp_path, monkeypatch):
+    """Demonstrations take the place of others, and of a corpus in which one was commanded as the other pattern."""
+    episodes, sources = read_episodes(demos, drawer_task), []
+
+    def load_demos(*args):
+        sources.append(args)
+        return episodes, "scripted"
+
+    monkeypatch.setattr(rollout, "load_demos", load_demos)
+    args = dlr_discover.Args(task="libero_goal/0", assets=assets, num_patterns=2, discover_steps=100)
+    (line,) = recognition.measure(args, [0.3], 33, None, Progress(interval=1e9))
+    assert line == "| libero_goal/0 | 1 | 0.3 | 2 | 1.00 | 1.00 |"
+    assert [(s[2], s[4]) for s in sources] == [(48, 1), (33, recognition.HELD_OUT_SEED)]
+
+    first = episodes[0].attrs["strategy_index"]
+    labels = [int(e.attrs["strategy_index"] == first) for e in episodes]  # 0 and 1 the other way round than Discover's, or not
+    for episode, label in zip(episodes, labels, strict=True):
+        episode.attrs["pattern"] = label
+    write_demonstrations(tmp_path / "corpus.hdf5", drawer_task, episodes)
+    save_checkpoint(tmp_path / "checkpoint.pt", {"script": "dlr_discover", "labels": np.repeat(np.array(labels)[:, None], 32, 1)})
+    (line,) = recognition.measure(args, [0.3], 33, tmp_path, Progress(interval=1e9))
+    same, leak = line.split(" | ")[-2:]
+    assert (same, leak) in (("100%", "0.0% |"), ("0%", "100.0% |"))
+    if same == "0%":
+        labels = [1 - label for label in labels]
+    for episode, label in zip(episodes, labels, strict=True):
+        episode.attrs["pattern"] = label
+    episodes[0].attrs["pattern"] = 1 - labels[0]  # of the eleven that were told to do as it was told, it did otherwise
+    write_demonstrations(tmp_path / "corpus.hdf5", drawer_task, episodes)
+    (line,) = recognition.measure(args, [0.3], 33, tmp_path, Progress(interval=1e9))
+    assert line.endswith(f" | {(1 / 11) / 2:.1%} |")
+
+    run_args = dataclasses.asdict(dataclasses.replace(args, assets=None, num_patterns="auto")) | {"gone": 1}
+    config = {"script": "dlr_discover", "args": run_args, "demos": "scripted", "assets": drawer_task.assets}
+    write_json(tmp_path / "config.json", config)
+    write_json(tmp_path / "summary.json", {"num_patterns": 3})
+    found = recognition.read_run(tmp_path, assets)
+    assert found == dataclasses.replace(args, num_patterns=3, assets="standin" if drawer_task.assets.startswith("standin:") else assets)
+    for changes, message in (
+        ({"script": "gaussian_ppo"}, "not the folder of a finished run of dlr_discover.py with scripted demonstrations"),
+        ({"demos": "demos.hdf5"}, "not the folder of a finished run of dlr_discover.py with scripted demonstrations"),
+        ({"assets": "standin:an_earlier_one"}, "was made with assets standin:an_earlier_one, not standin:"),
+    ):
+        write_json(tmp_path / "config.json", config | changes)
+        with pytest.raises(UserError, match=message):
+            recognition.read_run(tmp_path, assets)
+
+
 def test_refused(capsys, tmp_path):
     for flags, message in (
         ("--part backends flags", "--part backends stands alone"),
@@ -153,6 +206,7 @@ def test_refused(capsys, tmp_path):
     assert "can't be read as a file of --json" in refused(
         demonstrator, capsys, tmp_path, "--tasks", "libero_goal/0", "--beside", "nothing.json"
     )
+    assert "name either --tasks or --runs" in refused(recognition, capsys, tmp_path)
     assert "name at least one HDF5 file" in refused(frames, capsys, tmp_path, "--out", str(tmp_path / "x.png"))
     with pytest.raises(UserError, match="is not the folder of a finished run"):
         fidelity.load_policy(tmp_path, None)

@@ -6,6 +6,7 @@ The first run compiles MuJoCo Warp's kernels (a minute or two); all tests share 
 from __future__ import annotations
 
 import copy
+import ctypes
 import dataclasses
 import logging
 
@@ -268,6 +269,7 @@ def test_overflow_is_reported(drawer_task, rest, caplog):
     env.set_state(rest[:1])
     with pytest.raises(UserError, match=r"contacts .* overflow: .* pass nconmax=\d+ \(now 20\)"):
         env.step(NO_OP[None])
+    ctypes.CDLL(None).fflush(None)  # what kernels print belongs to this test, and not below pytest's last line
 
 
 def test_sizes_and_memory(drawer_task):
