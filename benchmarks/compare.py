@@ -31,7 +31,7 @@ from common import metrics, plots, rollout
 from common.cli import UserError, atomic_path, run_command
 from common.data import Episode, read_episodes
 from common.demonstrator import collect, strategies
-from common.runs import Progress, write_json
+from common.runs import Progress, read_finished, write_json
 from common.tasks import Task, load_task
 
 SCRIPTS = ("gaussian_ppo", "diffusion_ppo", "dlr_discover")
@@ -108,11 +108,7 @@ class Column:
 
 def load_run(folder: Path) -> Run:
     """Raises UserError if the run is not finished, or not of an RL script."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        summary = json.loads((folder / "summary.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is not a finished run: no readable config.json and summary.json in it") from error
+    config, summary = read_finished(folder)
     if config.get("script") not in SCRIPTS:
         raise UserError(f"{folder} is a run of {config.get('script')}, not of {', '.join(SCRIPTS)}")
     return Run(config["script"], config["args"]["seed"], config, summary, read_episodes(folder / "corpus.hdf5"), learning_curve(folder))

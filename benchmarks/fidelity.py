@@ -54,7 +54,7 @@ from common.env import NO_OP, make_env, predicate_holds, share_cores, success
 from common.metrics import newcombe_interval
 from common.networks import make_obs_encoder
 from common.rollout import roll_out
-from common.runs import Progress, load_checkpoint, versions, write_json
+from common.runs import Progress, load_checkpoint, read_finished, stored_args, versions, write_json
 from common.tasks import SUITES, Predicate, Task, find_assets, libero_env, load_task, resolve, task_names
 
 PARTS = ("trajectories", "flags", "demonstrations")
@@ -330,13 +330,12 @@ def load_policy(run: Path, assets: str | None) -> tuple[Task, dict, Callable, li
     import gaussian_ppo
 
     try:
-        config, summary = (json.loads((run / name).read_text()) for name in ("config.json", "summary.json"))
+        config, summary = read_finished(run)
         script = {"dlr_discover": dlr_discover, "gaussian_ppo": gaussian_ppo}[config["script"]]
         patterns = [row["pattern"] for row in summary["per_pattern"]]
-    except (OSError, ValueError, KeyError) as error:
+    except (UserError, KeyError) as error:
         raise UserError(f"{run} is not the folder of a finished run of dlr_discover.py or gaussian_ppo.py") from error
-    known = {f.name for f in dataclasses.fields(script.Args)}
-    args = script.Args(**{name: value for name, value in config["args"].items() if name in known})
+    args = stored_args(script.Args, config["args"])
     checkpoint = load_checkpoint(run / "checkpoint.pt", config["script"])
 
     def make(env):

@@ -11,7 +11,6 @@ demonstrations, Discover gives the run's labels, unless beta changes them ("same
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +23,7 @@ from common import metrics, rollout
 from common.cli import UserError, run_command
 from common.data import read_episodes
 from common.env import make_env, observe_states
-from common.runs import Progress, load_checkpoint
+from common.runs import Progress, load_checkpoint, read_finished, stored_args
 from common.tasks import load_task
 
 HELD_OUT_SEED = 1_000  # of starts and noise that no run of a small seed has
@@ -54,18 +53,14 @@ class Args:
 
 def read_run(run: Path, assets: str | None) -> dlr_discover.Args:
     """The arguments of a finished run, with `assets` for LIBERO's own unless it ran on stand-ins."""
-    try:
-        config, summary = (json.loads((run / name).read_text()) for name in ("config.json", "summary.json"))
-        if (config["script"], config["demos"]) != ("dlr_discover", "scripted"):
-            raise ValueError
-        stored = config["args"] | {"num_patterns": summary["num_patterns"]}
-        stored["assets"] = "standin" if config["assets"].startswith("standin:") else assets
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{run} is not the folder of a finished run of dlr_discover.py with scripted demonstrations") from error
+    config, summary = read_finished(run)
+    if (config.get("script"), config.get("demos")) != ("dlr_discover", "scripted"):
+        raise UserError(f"{run} is not the folder of a finished run of dlr_discover.py with scripted demonstrations")
+    stored = config["args"] | {"num_patterns": summary["num_patterns"]}  # it may have been auto
+    stored["assets"] = "standin" if config["assets"].startswith("standin:") else assets
     if (found := load_task(stored["task"], stored["assets"]).assets) != config["assets"]:
         raise UserError(f"{run} was made with assets {config['assets']}, not {found}; give its own with --assets")
-    names = {f.name for f in dataclasses.fields(dlr_discover.Args)}
-    return dlr_discover.Args(**{name: value for name, value in stored.items() if name in names})
+    return stored_args(dlr_discover.Args, stored)
 
 
 def measure(args: dlr_discover.Args, betas: list[float], held_out: int, run: Path | None, progress: Progress) -> list[str]:
@@ -78,7 +73,10 @@ def measure(args: dlr_discover.Args, betas: list[float], held_out: int, run: Pat
 
     demos, _ = rollout.load_demos("scripted", task, args.num_demos, args.demo_noise, args.seed, progress)
     others, _ = rollout.load_demos("scripted", task, held_out, args.demo_noise, HELD_OUT_SEED, progress)
-    corpus = read_episodes(run / "corpus.hdf5", task) if run else []
+    corpus, before = [], []
+    if run:
+        corpus = read_episodes(run / "corpus.hdf5", task)
+        before = [dlr_discover.episode_pattern(row.numpy()) for row in load_checkpoint(run / "checkpoint.pt", "dlr_discover")["labels"]]
     known, unknown = ([e.attrs["strategy"] for e in episodes] for episodes in (demos, others))
     demo_paths = np.stack([path(observe_states(task, e.states)) for e in demos])
     other_paths, corpus_paths = ([path(rollout.trajectory_observations(task, e)) for e in episodes] for episodes in (others, corpus))
@@ -91,7 +89,6 @@ def measure(args: dlr_discover.Args, betas: list[float], held_out: int, run: Pat
         theirs = metrics.adjusted_rand_index([encoder.recognise(x) for x in other_paths], unknown)
         cells = [f"{task.suite}/{task.index}", args.seed, beta, len(set(patterns)), f"{ours:.2f}", f"{theirs:.2f}"]
         if run:
-            before = [dlr_discover.episode_pattern(row.numpy()) for row in load_checkpoint(run / "checkpoint.pt", "dlr_discover")["labels"]]
             recognised = [encoder.recognise(x) for x in corpus_paths]
             leak = metrics.leakage([e.attrs["pattern"] for e in corpus], recognised, args.num_patterns)
             cells += [f"{np.mean(np.equal(patterns, before)):.0%}", f"{leak:.1%}"]

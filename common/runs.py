@@ -73,6 +73,21 @@ def make_run(folder: str, task_name: str, script: str, args) -> Path:
             raise UserError(f"cannot create the run folder {run}: {error.strerror}; choose another --run-folder") from error
 
 
+def read_finished(run: Path) -> tuple[dict, dict]:
+    """config.json and summary.json of a finished run."""
+    try:
+        config, summary = (json.loads((run / name).read_text()) for name in ("config.json", "summary.json"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run} is not a finished run: no readable config.json and summary.json in it") from error
+    return config, summary
+
+
+def stored_args(cls: type, stored: dict):
+    """A script's arguments (a `cls`) from those in a config.json, which may be of a version with other flags."""
+    names = {f.name for f in dataclasses.fields(cls)}
+    return cls(**{name: value for name, value in stored.items() if name in names})
+
+
 AFTER_TRAINING = ("corpus_episodes", "corpus_images", "videos")  # flags that may change when a run is resumed
 
 
@@ -86,10 +101,9 @@ def resumed_args(run: Path, script: str, cls: type):
         raise UserError(f"{run} is not a run folder that can be resumed: no readable config.json in it") from error
     if config.get("script") != script:
         raise UserError(f"{run} is a run of {config.get('script')}, not of {script}; resume it with that script")
-    names = [f.name for f in dataclasses.fields(cls)]
-    started = cls(**{name: stored[name] for name in names if name in stored} | {"resume": str(run)})
+    started = stored_args(cls, stored | {"resume": str(run)})
     given = tyro.cli(cls, default=started)  # the run's arguments, but for what the command line says
-    for name in names:
+    for name in (f.name for f in dataclasses.fields(cls)):
         then, now = getattr(started, name), getattr(given, name)
         if name != "resume" and name not in AFTER_TRAINING and now != then:
             flag = "--" + name.replace("_", "-")

@@ -213,8 +213,9 @@ def test_the_encoder_does_not_learn_few_demonstrations_by_heart(seed):
         places = np.random.default_rng(seed).normal(size=(number, 3)).astype(np.float32)
         return np.stack([np.hstack([path, np.tile(row, (32, 1))]) for path, row in zip(paths_of(demos, 32), places, strict=True)]), truth
 
-    encoder, labels = dlr_discover.discover(Args(seed=seed + 1), (known := paths(24, seed))[0], LAYOUT, 4)
-    assert metrics.adjusted_rand_index([dlr_discover.episode_pattern(row) for row in labels], known[1]) == 1.0
+    demos, truth = paths(24, seed)
+    encoder, labels = dlr_discover.discover(Args(seed=seed + 1), demos, LAYOUT, 4)
+    assert metrics.adjusted_rand_index([dlr_discover.episode_pattern(row) for row in labels], truth) == 1.0
     others, truth = paths(200, seed + 100)
     assert metrics.adjusted_rand_index([encoder.recognise(path) for path in others], truth) >= 0.95
 
