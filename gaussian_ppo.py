@@ -35,11 +35,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from common import metrics, plots, rollout
 from common.cli import UserError, run_command
-from common.env import LiberoVectorEnv, make_env
+from common.libero import load_task, make_env
+from common.libero.env import LiberoVectorEnv
 from common.networks import Normalizer, PixelEncoder, compiled, make_obs_encoder, mlp, random_shift
-from common.observations import TensorDict, join, obs_buffer, to_tensor
 from common.runs import Progress, load_checkpoint, make_run, resumed_args, rng_state, save_checkpoint, set_rng_state, versions, write_json
-from common.tasks import load_task
+from common.tensors import TensorDict, join, obs_buffer, to_tensor
 
 
 @dataclasses.dataclass
@@ -71,7 +71,7 @@ class Args:
     videos: bool = True
     """a video, where pictures can be rendered"""
     corpus_images: int = 0
-    """also store pictures of so many pixels a side in the corpus, agentview's and the wrist's (0: none; common.render adds them later)"""
+    """also store pictures of so many pixels a side in the corpus, agentview's and the wrist's (0: none; common.libero.render adds them)"""
     obs: Literal["state", "pixels"] = "state"
     """what the policy sees: the simulator's state, or the third-person picture and proprioception"""
     image_size: int = 84

@@ -23,13 +23,15 @@ import torch
 import tyro
 from gymnasium.vector import AutoresetMode
 
-from common import render, rollout, vla_data
+from common import rollout
 from common.cli import UserError, run_command
-from common.env import NO_OP, make_env
+from common.data import vla as vla_data
+from common.data.vla import ACTION_SIZE, CAMERAS, PROPRIO, Chunks, Order
+from common.libero import Task, load_task, make_env, render
+from common.libero.step import NO_OP
 from common.metrics import wilson_interval
 from common.runs import Progress, make_run, resumed_args, versions, write_json
-from common.tasks import Task, load_task, resolve, task_names
-from common.vla_data import ACTION_SIZE, CAMERAS, PROPRIO, Chunks, Order
+from common.suites import resolve, task_names
 from vla_pretrain import VLA, Training, distributed, find_device, load_model, rank, shared_folder, train
 from vla_pretrain import validate as validate_training
 
@@ -126,7 +128,7 @@ def make_model(args: Args, image_size: int | None) -> tuple[VLA, dict]:
         size = config["image_size"]
         raise UserError(
             f"image size mismatch: {args.checkpoint} takes pictures of {size} x {size}, the data has {image_size} x {image_size}; "
-            f"render them again: python -m common.render FILE --size {size} --overwrite"
+            f"render them again: python -m common.libero.render FILE --size {size} --overwrite"
         )
     return model, meta
 

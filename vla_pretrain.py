@@ -31,10 +31,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 
-from common import vla_data
 from common.cli import UserError, run_command
+from common.data import vla as vla_data
+from common.data.vla import ACTION_SIZE, CAMERAS, PROPRIO_SIZE, Chunks, Corpus, Order
 from common.runs import Progress, choose_device, load_checkpoint, make_run, resumed_args, save_checkpoint, versions, write_json
-from common.vla_data import ACTION_SIZE, CAMERAS, PROPRIO_SIZE, Chunks, Corpus, Order
 
 
 @dataclasses.dataclass
@@ -42,7 +42,7 @@ class Training:
     """What pretraining and fine-tuning share."""
 
     data: list[str] = dataclasses.field(default_factory=list)
-    """HDF5 files in LIBERO's layout with pictures (python -m common.render adds them)"""
+    """HDF5 files in LIBERO's layout with pictures (python -m common.libero.render adds them)"""
     weights: list[float] = dataclasses.field(default_factory=list)
     """how often an epoch shows each file's samples, one number a file in the order of --data (default: once)"""
     max_episodes: int | None = None

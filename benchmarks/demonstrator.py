@@ -25,12 +25,14 @@ import tyro
 from tqdm import tqdm
 
 from common.cli import UserError, atomic_path, run_command, usable_cores
-from common.demonstrator import Attempt, perform, strategies
-from common.env import share_cores
+from common.demos.demonstrator import Attempt, perform, strategies
+from common.libero import load_task
+from common.libero.assets import assets_fingerprint, find_assets
+from common.libero.env import share_cores
+from common.libero.standins import is_standin
 from common.metrics import newcombe_interval
 from common.runs import versions
-from common.standins import is_standin
-from common.tasks import SUITES, assets_fingerprint, find_assets, load_task, resolve, task_names
+from common.suites import SUITES, resolve, task_names
 
 # The longest human demonstration of each suite, in control steps (LIBERO's published data sets).
 HUMAN_STEPS = {"libero_spatial": 193, "libero_object": 254, "libero_goal": 270, "libero_10": 505, "libero_90": 373}

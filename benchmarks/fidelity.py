@@ -1,6 +1,6 @@
 """Is our environment LIBERO's? Both, side by side, from the same states with the same actions.
 
-The truth is LIBERO's own `ControlEnv` on robosuite (`common.tasks.libero_env`), stepped in the same process.
+The truth is LIBERO's own `ControlEnv` on robosuite (`common.libero.original.libero_env`), stepped in the same process.
 
 Trajectories (twelve tasks, two or more of each suite). From three official init states: ten no-ops, then smooth random actions with
 pauses of the rotation. After every control step the joint positions qpos (m, rad) and both success flags are compared.
@@ -48,14 +48,20 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from common.cli import UserError, run_command, usable_cores
-from common.data import Episode
-from common.demonstrator import Demonstrator, Strategy, strategies
-from common.env import NO_OP, make_env, predicate_holds, share_cores, success
+from common.data.hdf5 import Episode
+from common.demos.demonstrator import Demonstrator, Strategy, strategies
+from common.libero import Task, load_task, make_env
+from common.libero.assets import find_assets
+from common.libero.env import share_cores
+from common.libero.goals import predicate_holds, success
+from common.libero.original import libero_env
+from common.libero.step import NO_OP
+from common.libero.tasks import Predicate
 from common.metrics import newcombe_interval
 from common.networks import make_obs_encoder
 from common.rollout import roll_out
 from common.runs import Progress, load_checkpoint, read_finished, stored_args, versions, write_json
-from common.tasks import SUITES, Predicate, Task, find_assets, libero_env, load_task, resolve, task_names
+from common.suites import SUITES, resolve, task_names
 
 PARTS = ("trajectories", "flags", "demonstrations")
 BACKEND_TASKS = [  # a bowl held by its rim, a can into a basket, a drawer's handle, a knob, a microwave's door (margins), a bowl on a plate
@@ -370,7 +376,7 @@ def compare_backends(
 
 def backends(args: Args) -> list[dict]:
     """A row for each task and policy, see the module's docstring; written to --json after each."""
-    from common.warp_env import find_device
+    from common.libero.warp_env import find_device
 
     find_device(args.device)
     jobs, rows, progress = [], [], Progress()
@@ -410,7 +416,7 @@ def report_backends(rows: list[dict], limit: float = 0.03) -> str:
 
 def demonstrations(task: Task, count: int = 2) -> list[Episode]:
     """Scripted demonstrations as the data-set command would store them; none where the demonstrator has no strategy."""
-    from common.demonstrator import collect
+    from common.demos.demonstrator import collect
 
     try:
         return collect(task, count, replayable=True, progress=False)

@@ -1,6 +1,6 @@
 """A contact sheet: frames of the first demonstration in each of some files (docs/demonstrator.md).
 
-    python -m common.demonstrator --task libero_90/9 --episodes 1 --out DIR
+    python -m common.demos --task libero_90/9 --episodes 1 --out DIR
     python -m benchmarks.frames DIR/*/*.hdf5 --out docs/images/demonstrator.png
 
 The files need no pictures: the stored states are rendered here, from the first one to the one in which the task is done.
@@ -18,10 +18,10 @@ import tyro
 from matplotlib.figure import Figure
 
 from common.cli import UserError, atomic_path, run_command
-from common.data import read_attrs, read_episodes
-from common.render import make_renderer
+from common.data.hdf5 import read_attrs, read_episodes
+from common.libero import load_task
+from common.libero.render import make_renderer
 from common.runs import Progress
-from common.tasks import load_task
 
 
 @dataclasses.dataclass

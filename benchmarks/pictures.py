@@ -14,9 +14,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from common.cli import UserError, atomic_path, run_command
-from common.env import make_env
-from common.render import available, make_renderer
-from common.tasks import load_task
+from common.libero import load_task, make_env
+from common.libero.render import available, make_renderer
 
 NAMES = {"warp": "ray tracer", "gl": "MuJoCo's OpenGL"}
 

@@ -21,10 +21,10 @@ import tyro
 import dlr_discover
 from common import metrics, rollout
 from common.cli import UserError, run_command
-from common.data import read_episodes
-from common.env import make_env, observe_states
+from common.data.hdf5 import read_episodes
+from common.libero import load_task, make_env
+from common.libero.observation import observe_states
 from common.runs import Progress, load_checkpoint, read_finished, stored_args
-from common.tasks import load_task
 
 HELD_OUT_SEED = 1_000  # of starts and noise that no run of a small seed has
 

@@ -19,9 +19,11 @@ from tqdm import tqdm
 
 from benchmarks.demonstrator import suite_tasks
 from common.cli import UserError, run_command
-from common.env import NO_OP, make_env
-from common.standins import fixtures, is_standin, small_objects, standin_assets
-from common.tasks import SUITES, find_assets, load_task, resolve
+from common.libero import load_task, make_env
+from common.libero.assets import find_assets
+from common.libero.standins import fixtures, is_standin, small_objects, standin_assets
+from common.libero.step import NO_OP
+from common.suites import SUITES, resolve
 
 
 @dataclasses.dataclass

@@ -45,10 +45,13 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from common.cli import UserError, run_command, usable_cores
-from common.env import SUBSTEPS, make_env
-from common.render import CAMERAS, make_renderer
+from common.libero import Task, load_task, make_env
+from common.libero.assets import find_assets
+from common.libero.original import libero_env
+from common.libero.render import CAMERAS, make_renderer
+from common.libero.step import SUBSTEPS
 from common.runs import Progress, versions, write_json
-from common.tasks import Task, find_assets, libero_env, load_task, resolve
+from common.suites import resolve
 
 FULL = mujoco.mjtState.mjSTATE_INTEGRATION
 SIZE = 128  # of pictures, pixels: LIBERO's own
@@ -130,7 +133,7 @@ def find_gl() -> tuple[str | None, str]:
     """The first GL backend that works, tried in processes of their own, and why there is none."""
     reason = ""
     for gl in [os.environ["MUJOCO_GL"]] if "MUJOCO_GL" in os.environ else ["egl", "osmesa"]:
-        code = "from common import render; print(render.available('gl')[1])"
+        code = "from common.libero import render; print(render.available('gl')[1])"
         found = subprocess.run([sys.executable, "-c", code], env={**os.environ, "MUJOCO_GL": gl}, capture_output=True, text=True)
         if found.returncode == 0 and not found.stdout.strip():
             return gl, ""
@@ -467,7 +470,7 @@ def main() -> None:
     if min(args.num_envs, args.steps, args.blocks, *args.worlds) < 1:
         raise UserError("--num-envs, --steps, --blocks and --worlds are at least 1")
     if args.device == "cuda":
-        from common.warp_env import find_device
+        from common.libero.warp_env import find_device
 
         find_device("cuda")
     args.assets = str(find_assets(args.assets))

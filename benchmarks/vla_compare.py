@@ -131,7 +131,7 @@ def make_corpus(args: Args, preset: Preset, source: str, task: str, episodes: in
         folder = args.out.absolute() / "demonstrations" / str(episodes)
         path = folder / suite / f"{name}_demo.hdf5"
         if not path.exists():
-            call("-m", "common.demonstrator", "--task", task, "--episodes", str(episodes), "--seed", seed, "--out", folder, *assets)
+            call("-m", "common.demos", "--task", task, "--episodes", str(episodes), "--seed", seed, "--out", folder, *assets)
     else:
         folder = args.out.absolute() / "rl" / source / task.replace("/", "-")
         run = run_script(source, folder, ["--task", task, "--seed", seed, *preset.rl[source], *assets])
@@ -140,7 +140,7 @@ def make_corpus(args: Args, preset: Preset, source: str, task: str, episodes: in
         return None
     with h5py.File(path) as file:
         pictures = "agentview_rgb" in file["data/demo_0/obs"]
-    if not pictures and not call("-m", "common.render", path, "--size", str(preset.image_size), *assets):
+    if not pictures and not call("-m", "common.libero.render", path, "--size", str(preset.image_size), *assets):
         raise UserError(f"{path} got no pictures")
     return path
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.observations import TensorDict
+from common.tensors import TensorDict
 
 
 def layer_init(layer: nn.Linear, std: float = float(np.sqrt(2)), bias: float = 0.0) -> nn.Linear:

@@ -12,11 +12,14 @@ import torch
 
 from common import metrics, plots
 from common.cli import UserError
-from common.data import Episode, Recorder, read_episodes, write_episodes
-from common.env import LiberoVectorEnv, StateObservation, choose_backend, observe_states
-from common.observations import PixelEnv
+from common.data.hdf5 import Episode, Recorder, read_episodes, write_episodes
+from common.libero import Task
+from common.libero.env import LiberoVectorEnv
+from common.libero.make import choose_backend
+from common.libero.observation import StateObservation, observe_states
+from common.libero.pixels import PixelEnv
+from common.libero.tasks import find_human_demos
 from common.runs import Progress, choose_device, versions
-from common.tasks import Task, find_human_demos
 
 # Observations (as the environment returns them), patterns (N,) -> actions (N, 7). A policy that remembers (that is amid a chunk of
 # actions) also has `begin(envs)`, which is called as new episodes begin in the environments `envs` (n,).
@@ -48,7 +51,7 @@ def load_demos(demos: str, task: Task, num_demos: int, noise: float, seed: int, 
     """
     path = find_human_demos(task) if demos == "auto" else None if demos == "scripted" else Path(demos)
     if path is None:
-        from common.demonstrator import load_or_collect
+        from common.demos.demonstrator import load_or_collect
 
         progress.say(f"demonstrations: {num_demos} scripted, action noise {noise}")
         return load_or_collect(task, num_demos, seed=seed, noise=noise), "scripted"
@@ -199,7 +202,7 @@ def write_corpus(
     attrs |= {f"version_{name.replace('-', '_')}": value for name, value in versions().items()}
     write_episodes(run / "corpus.hdf5", corpus, task, attrs)
     if image_size:
-        from common import render
+        from common.libero import render
 
         render.add_images(run / "corpus.hdf5", image_size, assets=assets, progress=progress)
 
@@ -232,7 +235,7 @@ def find_renderer(obs: str, videos: bool, corpus_images: int, progress: Progress
     """
     possible = False
     if videos or corpus_images:
-        from common import render
+        from common.libero import render
 
         possible, reason = render.available()
         if not possible and corpus_images:
@@ -244,7 +247,7 @@ def find_renderer(obs: str, videos: bool, corpus_images: int, progress: Progress
 
 def make_videos(run: Path, task: Task, corpus: list[Episode], renderer: str, progress: Progress) -> None:
     """RUN/videos/pattern_K.mp4: the first successful trajectory of each pattern, seen by agentview."""
-    from common import render
+    from common.libero import render
 
     chosen = {e.attrs["pattern"]: e for e in reversed(corpus)}
     progress.stage("videos", len(chosen))

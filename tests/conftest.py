@@ -6,23 +6,24 @@ from pathlib import Path
 
 import pytest
 
-from common import demonstrator, tasks
-from common.env import make_env
-from common.standins import is_standin
+from common.demos import demonstrator
+from common.libero import assets as assets_module
+from common.libero import make_env, tasks
+from common.libero.standins import is_standin
 
 
 @pytest.fixture(scope="session")
 def assets() -> str:
     """LIBERO's asset folder, or the stand-ins where there is none. Tests never download it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "_download_assets", lambda folder: "not on this machine")
-        return str(tasks.find_assets())
+        patch.setattr(assets_module, "_download_assets", lambda folder: "not on this machine")
+        return str(assets_module.find_assets())
 
 
 @pytest.fixture(scope="session")
 def real_assets(assets) -> str:
     """LIBERO's own asset folder, for what stand-ins can't tell."""
-    if is_standin(tasks.find_assets(assets)):
+    if is_standin(assets_module.find_assets(assets)):
         pytest.skip("needs LIBERO's own assets; set LIBERO_ASSETS")
     return assets
 

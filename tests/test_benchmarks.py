@@ -17,9 +17,9 @@ import dlr_discover
 from benchmarks import demonstrator, fidelity, frames, recognition, throughput
 from common import rollout
 from common.cli import UserError
-from common.data import read_episodes
-from common.demonstrator import SKILLS, Strategy, write_demonstrations
-from common.env import make_env
+from common.data.hdf5 import read_episodes
+from common.demos.demonstrator import SKILLS, Strategy, write_demonstrations
+from common.libero import make_env
 from common.runs import Progress, save_checkpoint, write_json
 
 needs_warp = pytest.mark.skipif(tuple(int(x) for x in mujoco.__version__.split(".")[:2]) < (3, 8), reason="MuJoCo Warp needs mujoco 3.8")

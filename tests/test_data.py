@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from common import data
 from common.cli import UserError
-from common.data import Episode, Recorder, check_file, read_attrs, read_episodes, write_episodes
+from common.data import hdf5 as data
+from common.data.hdf5 import Episode, Recorder, check_file, read_attrs, read_episodes, write_episodes
 
 NQ, NV = 12, 10
 TASK = SimpleNamespace(

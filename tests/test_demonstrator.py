@@ -11,12 +11,11 @@ import pytest
 from gymnasium.vector import AutoresetMode
 from scipy.spatial.transform import Rotation
 
-from common import demonstrator, skills
 from common.cli import UserError
-from common.data import read_episodes
-from common.demonstrator import Args, Demonstrator, Strategy, agenda, collect, load_or_collect
-from common.env import make_env, predicate_holds
-from common.skills import (
+from common.data.hdf5 import read_episodes
+from common.demos import demonstrator, skills
+from common.demos.demonstrator import Args, Demonstrator, Strategy, agenda, collect, load_or_collect
+from common.demos.skills import (
     CELL,
     DIRECTIONS,
     PAD_REACH,
@@ -33,7 +32,9 @@ from common.skills import (
     rotation_vector,
     slack,
 )
-from common.tasks import Predicate
+from common.libero import make_env
+from common.libero.goals import predicate_holds
+from common.libero.tasks import Predicate
 
 PULL = Strategy("contact middle, path near", {"contact": "middle", "path": "near"})
 

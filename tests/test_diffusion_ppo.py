@@ -15,8 +15,8 @@ from torch.distributions import Independent, MultivariateNormal, Normal, kl_dive
 import diffusion_ppo
 import gaussian_ppo
 from common import rollout
-from common.data import Episode
-from common.env import make_env
+from common.data.hdf5 import Episode
+from common.libero import make_env
 from common.networks import Normalizer
 from common.runs import load_checkpoint, save_checkpoint
 from diffusion_ppo import Agent, Args, Chain, ChunkPolicy, Reinforce, cosine_alpha_bar, gae, log_prob

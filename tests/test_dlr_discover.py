@@ -24,9 +24,10 @@ from test_gaussian_ppo import same, weights
 from torch.distributions import Categorical, Laplace, MultivariateNormal, Normal, kl_divergence
 
 import dlr_discover
-from common import demonstrator, metrics
+from common import metrics
 from common.cli import UserError, run_command
-from common.data import Episode, check_file, read_attrs, read_episodes
+from common.data.hdf5 import Episode, check_file, read_attrs, read_episodes
+from common.demos import demonstrator
 from common.networks import Normalizer
 from common.runs import load_checkpoint, save_checkpoint, versions, write_json
 from dlr_discover import Agent, Args, Curriculum, PatternEncoder, Reinforce, StateDecoder, elbo, gae, gaussian_kl

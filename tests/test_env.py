@@ -17,10 +17,12 @@ from gymnasium.vector import AutoresetMode
 from scipy import stats
 
 from common import cli
-from common import env as env_module
 from common.cli import UserError
-from common.env import make_env, observe_states, predicate_holds, success
-from common.tasks import Predicate, load_task
+from common.libero import env as env_module
+from common.libero import load_task, make_env, step
+from common.libero.goals import predicate_holds, success
+from common.libero.observation import observe_states
+from common.libero.tasks import Predicate
 
 ROOT = Path(__file__).resolve().parent.parent
 # All six predicates, conjunctions, and every suite.
@@ -92,14 +94,14 @@ def test_osc_torques_formula():
         null = np.eye(7) - inverse @ J.T @ lam @ J
         posture = M @ (10 * (q0 - q) - 2 * np.sqrt(10) * qd)
         expected = J.T @ np.concatenate([lam_pos @ force[:3], lam_ori @ force[3:]]) + bias + null.T @ posture
-        env_module._osc_torques(M.copy(), J, bias, q, qd, q0, wrench_pos, wrench_ori, velocity, torque)
+        step._osc_torques(M.copy(), J, bias, q, qd, q0, wrench_pos, wrench_ori, velocity, torque)
         np.testing.assert_allclose(torque, expected, rtol=1e-8, atol=1e-8 * np.abs(expected).max())
 
 
 def test_axis_angle_matrix_closed_form():
     matrix, scipy_rotation = np.empty((3, 3)), pytest.importorskip("scipy.spatial.transform").Rotation
     for v in ([0.5, 0.0, 0.0], [0.0, -0.3, 0.0], [0.1, 0.2, -0.4], [1e-6, 0.0, 2e-6]):
-        env_module._axis_angle_matrix(np.array(v), matrix)
+        step._axis_angle_matrix(np.array(v), matrix)
         np.testing.assert_allclose(matrix, scipy_rotation.from_rotvec(v).as_matrix(), atol=2e-7)  # robosuite's float32
 
 
@@ -246,7 +248,7 @@ def test_success_terminates(drawer_task):
     states[1] = opened(drawer_task, states[1])
     env.set_state(states)
     assert [success(drawer_task, data) for data in env.data] == [False, True, False]
-    _, reward, terminated, truncated, _ = env.step(np.tile(env_module.NO_OP, (3, 1)))
+    _, reward, terminated, truncated, _ = env.step(np.tile(step.NO_OP, (3, 1)))
     assert reward.tolist() == [0, 1, 0] and terminated.tolist() == [False, True, False]
     assert truncated.tolist() == [True, False, True]  # success at the time limit is success
     env.reset(options={"reset_mask": terminated})
@@ -301,7 +303,7 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
         import os, time
         from concurrent.futures import ProcessPoolExecutor
         from multiprocessing import get_context
-        from common.env import share_cores
+        from common.libero.env import share_cores
         if __name__ == "__main__":
             with ProcessPoolExecutor(1, get_context("spawn"), share_cores, (1,)) as pool:
                 print(pool.submit(os.getpid).result(), flush=True)
@@ -389,15 +391,15 @@ def test_reset_settles_with_noops(drawer_task):
     env, plain = make_env(drawer_task, 1), make_env(drawer_task, 1, settle_steps=0)
     plain.reset(options={"init_state": [2]})
     for _ in range(10):
-        obs, *_ = plain.step(env_module.NO_OP[None])
+        obs, *_ = plain.step(step.NO_OP[None])
     for _ in range(2):  # the second reset comes from what the first one kept
         np.testing.assert_array_equal(env.reset(options={"init_state": [2]})[0], obs)
         np.testing.assert_array_equal(env.get_state(), plain.get_state())
         a, b = env.snapshot(), plain.snapshot()
         np.testing.assert_array_equal(a["grip"], b["grip"])
         np.testing.assert_array_equal(a["goal_rot"], b["goal_rot"])
-        plain.step(env_module.NO_OP[None])
-        env.step(env_module.NO_OP[None])
+        plain.step(step.NO_OP[None])
+        env.step(step.NO_OP[None])
         np.testing.assert_array_equal(env.get_state(), plain.get_state())
         plain.restore(b)
 
@@ -423,7 +425,7 @@ def test_actions_are_clipped_and_move_the_hand(drawer_task):
     env = make_env(drawer_task, num_envs=3)
     env.reset(options={"init_state": 0})
     start = env.proprioception()
-    actions = np.tile(env_module.NO_OP, (3, 1))
+    actions = np.tile(step.NO_OP, (3, 1))
     actions[1, 0], actions[2, 0] = 1.0, 5.0
     for _ in range(5):
         env.step(actions)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from common.networks import Normalizer, PixelEncoder, ResNet18, make_obs_encoder, mlp, random_shift
-from common.observations import TensorDict
+from common.tensors import TensorDict
 
 torch.set_num_threads(1)
 

@@ -19,12 +19,12 @@ import dlr_discover
 import gaussian_ppo
 from common import rollout
 from common.cli import UserError
-from common.data import read_episodes, write_episodes
-from common.env import make_env
+from common.data.hdf5 import read_episodes, write_episodes
+from common.libero import make_env
+from common.libero.render import make_renderer
 from common.networks import compiled, make_obs_encoder
-from common.observations import TensorDict, join, obs_buffer, to_tensor
-from common.render import make_renderer
 from common.runs import Progress, load_checkpoint, save_checkpoint
+from common.tensors import TensorDict, join, obs_buffer, to_tensor
 
 torch.set_num_threads(1)
 

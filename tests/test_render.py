@@ -1,4 +1,4 @@
-"""common/render.py on a tiny scene: colours against OpenGL's lighting equation by hand, orientation, batches, videos, error lines.
+"""common/libero/render.py on a tiny scene: colours against OpenGL's lighting equation by hand, orientation, batches, videos, error lines.
 At the end on a LIBERO task: pictures into a file of demonstrations."""
 
 import dataclasses
@@ -12,9 +12,9 @@ import mujoco
 import numpy as np
 import pytest
 
-from common import render
 from common.cli import UserError
-from common.data import check_file, read_episodes, write_episodes
+from common.data.hdf5 import check_file, read_episodes, write_episodes
+from common.libero import render
 
 # A camera 2 m above a textured floor, looking straight down, up in the picture = +y, 90 degrees: it sees 4 m x 4 m of the floor.
 # The headlight gives ambient 0.25 and diffuse 0.5 along the view; no other light. A collision box (group 0) would hide it all.
@@ -166,7 +166,7 @@ def test_failed_video_leaves_nothing(tmp_path):
     limit = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))"
     )
-    code = f"{limit}; import numpy as np; from common import render; from common.cli import run_command; " + (
+    code = f"{limit}; import numpy as np; from common.libero import render; from common.cli import run_command; " + (
         f"run_command(lambda: render.write_video({str(path)!r}, np.random.default_rng(0).integers(0, 255, (20, 128, 128, 3), np.uint8)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -189,7 +189,7 @@ def test_error_lines(model):
 
 def test_unwritable_cache_and_quiet_start(tmp_path):
     """In a process of its own: nothing is printed at the start, kernels go to our cache folder, an unwritable one is one line."""
-    code = "from common import render; print(render.available())"
+    code = "from common.libero import render; print(render.available())"
     path = {**os.environ, "PYTHONPATH": os.getcwd()}
 
     def run(cache):
@@ -205,7 +205,7 @@ def test_unwritable_cache_and_quiet_start(tmp_path):
 
 
 def gl_available():
-    return subprocess.run([sys.executable, "-c", "from common import render; exit(not render.available('gl')[0])"]).returncode == 0
+    return subprocess.run([sys.executable, "-c", "from common.libero import render; exit(not render.available('gl')[0])"]).returncode == 0
 
 
 @pytest.mark.skipif("MUJOCO_GL" not in os.environ or not gl_available(), reason="needs a GL library and MUJOCO_GL=egl or osmesa")

@@ -15,10 +15,14 @@ import numpy as np
 import pytest
 
 from benchmarks import standins as benchmark
-from common import standins, tasks
 from common.cli import UserError
-from common.env import NO_OP, make_env, predicate_holds
-from common.tasks import find_assets, official_init_states
+from common.libero import assets as assets_module
+from common.libero import build, make_env, standins, tasks
+from common.libero.assets import find_assets
+from common.libero.goals import predicate_holds
+from common.libero.original import bddl_file, official_init_states
+from common.libero.step import NO_OP
+from common.suites import libero_root, task_names
 
 ROOT = Path(__file__).resolve().parent.parent
 # One task of each of LIBERO's five scenes, which together hold 26 of its 33 categories of things.
@@ -49,11 +53,13 @@ def build_tasks(folder: Path, task_ids, assets: str) -> dict[str, tasks.Task]:
     code = """if True:
         import sys
         from pathlib import Path
-        from common import tasks
-        tasks.NUM_TRAIN_STATES = 2
-        assets = tasks.find_assets(sys.argv[1])
+        from common.libero import build, tasks
+        from common.libero.assets import find_assets
+        from common.suites import resolve
+        build.NUM_TRAIN_STATES = 2
+        assets = find_assets(sys.argv[1])
         for task_id, path in zip(sys.argv[2::2], sys.argv[3::2]):
-            tasks._write_task(Path(path), tasks.build_task(*tasks.resolve(task_id), assets))
+            tasks.write_task(Path(path), build.build_task(*resolve(task_id), assets))
     """
     paths = {task_id: folder / f"{task_id.replace('/', '-')}.npz" for task_id in task_ids}
     arguments = [str(x) for pair in paths.items() for x in pair]
@@ -94,7 +100,7 @@ def site_in_root(task: tasks.Task, site: int) -> tuple[np.ndarray, np.ndarray]:
 
 def test_written_whole_by_two_processes(tmp_path, monkeypatch):
     """Two processes at once write the same tree, and leave nothing beside it; a failed one leaves nothing at all."""
-    code = "from common.standins import standin_assets; print(standin_assets())"
+    code = "from common.libero.standins import standin_assets; print(standin_assets())"
     env = os.environ | {"RL_DATA_ENGINE_CACHE": str(tmp_path)}
     processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     first, second = (p.communicate()[0].strip() for p in processes)
@@ -116,9 +122,9 @@ def test_written_whole_by_two_processes(tmp_path, monkeypatch):
 def test_every_file_that_libero_asks_for():
     """The stand-ins have a file for each category of the 130 tasks' BDDL files, under the name that LIBERO's class opens."""
     folder, found = standins.standin_assets(), set()
-    for suite, task_names in tasks.task_names().items():
-        for index in range(len(task_names)):
-            text = tasks._bddl_file(suite, index).read_text()
+    for suite, names in task_names().items():
+        for index in range(len(names)):
+            text = bddl_file(suite, index).read_text()
             for section in ("(:fixtures", "(:objects"):
                 body = text[text.index(section) + len(section) :]
                 found |= {line.split(" - ")[1].strip() for line in body[: body.index(")")].splitlines() if " - " in line}
@@ -353,7 +359,7 @@ def test_articulated_parts_move(standin_tasks):
 
 def test_forced(monkeypatch, caplog):
     """`standin` takes them without a warning, as an argument and in LIBERO_ASSETS, even where LIBERO's own are there."""
-    monkeypatch.setattr(tasks, "_download_assets", lambda folder: pytest.fail("nothing is to be downloaded"))
+    monkeypatch.setattr(assets_module, "_download_assets", lambda folder: pytest.fail("nothing is to be downloaded"))
     monkeypatch.setenv("LIBERO_ASSETS", "standin")
     assert find_assets() == find_assets("standin") == standins.standin_assets()
     assert not caplog.records
@@ -364,22 +370,22 @@ def test_last_resort_is_warned_of_once(tmp_path, monkeypatch, caplog):
     monkeypatch.delenv("LIBERO_ASSETS", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RL_DATA_ENGINE_CACHE", str(tmp_path / "cache"))
-    if (tasks.libero_root() / "assets").is_dir():
+    if (libero_root() / "assets").is_dir():
         pytest.skip("LIBERO has its assets beside its code here")
-    tasks._warn_of_standins.cache_clear()
-    monkeypatch.setattr(tasks, "_download_assets", lambda folder: "not here")
+    assets_module._warn_of_standins.cache_clear()
+    monkeypatch.setattr(assets_module, "_download_assets", lambda folder: "not here")
     assert find_assets() == find_assets() and standins.is_standin(find_assets())
     (record,) = caplog.records
     message = record.getMessage()
     assert "not here" in message and "NOT COMPARABLE" in message and "--assets DIR" in message and "\n" not in message
-    tasks._warn_of_standins.cache_clear()
+    assets_module._warn_of_standins.cache_clear()
     monkeypatch.setattr(multiprocessing, "parent_process", lambda: object())
     find_assets()
     assert len(caplog.records) == 1
 
 
 def test_an_explicit_folder_is_never_replaced(tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "_download_assets", lambda folder: pytest.fail("nothing is to be downloaded"))
+    monkeypatch.setattr(assets_module, "_download_assets", lambda folder: pytest.fail("nothing is to be downloaded"))
     with pytest.raises(UserError, match="not a LIBERO asset tree"):
         find_assets(str(tmp_path))
     monkeypatch.setenv("LIBERO_ASSETS", str(tmp_path))
@@ -394,8 +400,8 @@ def hub(monkeypatch, download, offline=False):
     module.HfApi = lambda: types.SimpleNamespace(repo_info=lambda *args, **kwargs: types.SimpleNamespace(sha="0"))
     module.snapshot_download = lambda *args, local_dir, **kwargs: download(Path(local_dir))
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
-    find_spec = tasks.importlib.util.find_spec
-    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: True if name == "huggingface_hub" else find_spec(name))
+    find_spec = assets_module.importlib.util.find_spec
+    monkeypatch.setattr(assets_module.importlib.util, "find_spec", lambda name: True if name == "huggingface_hub" else find_spec(name))
 
 
 def test_download(tmp_path, monkeypatch, capsys):
@@ -411,12 +417,12 @@ def test_download(tmp_path, monkeypatch, capsys):
         raise ConnectionError("the network is gone")
 
     hub(monkeypatch, broken)
-    assert "ConnectionError" in tasks._download_assets.__wrapped__(target)
+    assert "ConnectionError" in assets_module._download_assets.__wrapped__(target)
     assert not target.exists() and not list(target.parent.iterdir())
     hub(monkeypatch, whole, offline=True)
-    assert "HF_HUB_OFFLINE" in tasks._download_assets.__wrapped__(target)
+    assert "HF_HUB_OFFLINE" in assets_module._download_assets.__wrapped__(target)
     hub(monkeypatch, whole)
-    assert tasks._download_assets.__wrapped__(target) is None
+    assert assets_module._download_assets.__wrapped__(target) is None
     assert (target / "scenes").is_dir() and [p.name for p in target.parent.iterdir()] == ["assets"]
     assert capsys.readouterr().err.count("downloading LIBERO's assets (140 MB) from the Hugging Face Hub") == 2
 
@@ -429,13 +435,13 @@ def test_small_textures_keep_their_colour_space(tmp_path, monkeypatch):
     monkeypatch.setenv("RL_DATA_ENGINE_CACHE", str(tmp_path / "cache"))
     marked = PngInfo()
     marked.add(b"sRGB", b"\x00")
-    picture = Image.new("RGB", (2 * tasks.TEXTURE_SIZE, 4 * tasks.TEXTURE_SIZE), (10, 100, 200))
+    picture = Image.new("RGB", (2 * build.TEXTURE_SIZE, 4 * build.TEXTURE_SIZE), (10, 100, 200))
     for name, chunks in (("plain.png", None), ("srgb.png", marked)):
         picture.save(tmp_path / name, pnginfo=chunks)
-        xml = tasks._shrink_textures(f'<mujoco><asset><texture name="t" type="2d" file="{tmp_path / name}"/></asset></mujoco>')
+        xml = build._shrink_textures(f'<mujoco><asset><texture name="t" type="2d" file="{tmp_path / name}"/></asset></mujoco>')
         file = xml.split('file="')[1].split('"')[0]
         with Image.open(file) as small:
-            assert small.size == (tasks.TEXTURE_SIZE // 2, tasks.TEXTURE_SIZE)
+            assert small.size == (build.TEXTURE_SIZE // 2, build.TEXTURE_SIZE)
             assert ("srgb" in small.info) == (chunks is not None)
 
 

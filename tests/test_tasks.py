@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common import tasks
 from common.cli import UserError
-from common.tasks import SUITES, find_assets, load_task, official_init_states, resolve, task_names
+from common.libero import load_task, original, tasks
+from common.libero.assets import find_assets
+from common.libero.original import official_init_states
+from common.suites import SUITES, resolve, task_names
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,7 +36,7 @@ def test_all_130_tasks_have_names():
     for suite, names in task_names().items():
         for index, name in enumerate(names):
             assert resolve(f"{suite}/{name}") == resolve(f"{suite}/{index}") == (suite, index)
-            assert tasks._bddl_file(suite, index).exists()
+            assert original.bddl_file(suite, index).exists()
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,7 @@ def test_resolve(task_id, expected):
         ("libero_everest/0", "unknown suite 'libero_everest'.*libero_spatial, libero_object"),
         ("turn_of_the_stofe", "unknown task 'turn_of_the_stofe'; the nearest are .*libero_goal/turn_on_the_stove"),
         ("libero_goal/trun_on_the_stove", "nearest are .*libero_goal/turn_on_the_stove"),
-        ("qqqqqqqq", "unknown task 'qqqqqqqq'; see python -m common.tasks"),
+        ("qqqqqqqq", "unknown task 'qqqqqqqq'; see python -m common.libero"),
         ("", "unknown task ''"),
         ("libero_goal/", "unknown task"),
     ],
@@ -112,7 +114,7 @@ def test_damaged_cache_and_two_builders(assets, tmp_path, monkeypatch):
     assert path.is_relative_to(tmp_path)
     path.parent.mkdir(parents=True)
     path.write_bytes(whole[: len(whole) // 2])
-    code = f"from common.tasks import load_task; t = load_task('libero_goal/7', {assets!r}); print(t.id, t.train_states.sum())"
+    code = f"from common.libero import load_task; t = load_task('libero_goal/7', {assets!r}); print(t.id, t.train_states.sum())"
     processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [p.communicate()[0] for p in processes]
     assert outputs == [f"{good.id} {good.train_states.sum()}\n"] * 2
@@ -138,8 +140,8 @@ def test_cached_task_needs_no_libero(assets):
     result = run_python(
         f"""
 import sys
-from common.env import make_env
-from common.tasks import load_task
+from common.libero import make_env
+from common.libero import load_task
 env = make_env(load_task('libero_goal/7', {assets!r}))
 env.reset(seed=0)
 env.step(env.action_space.sample())
@@ -155,7 +157,7 @@ print([m for m in ('robosuite', 'libero', 'torch', 'cv2', 'bddl', 'matplotlib') 
 
 def test_importing_libero_asks_nothing(tmp_path):
     """In a fresh home, without a terminal, without a GL library being touched."""
-    code = "import os; from common.tasks import import_libero; print(import_libero(None).__name__, os.environ.get('MUJOCO_GL'))"
+    code = "import os; from common.libero.original import import_libero; print(import_libero(None).__name__, os.environ.get('MUJOCO_GL'))"
     environment = {"HOME": str(tmp_path), "RL_DATA_ENGINE_CACHE": str(tmp_path / "cache")}
     result = run_python(code, **environment)
     assert result.returncode == 0, result.stderr
@@ -181,7 +183,7 @@ def test_init_states_are_read_without_running_code(tmp_path, monkeypatch):
     path.parent.mkdir(parents=True)
     path.write_bytes(pickle.dumps(Evil(), protocol=2))
     task_names()  # read from the real folder
-    monkeypatch.setattr(tasks, "libero_root", lambda: tmp_path)
+    monkeypatch.setattr(original, "libero_root", lambda: tmp_path)
     with pytest.raises(Exception, match="(?i)weights.only|unsupported|unpickl"):
         official_init_states("libero_goal", 0)
     import torch
@@ -193,8 +195,11 @@ def test_init_states_are_read_without_running_code(tmp_path, monkeypatch):
 
 
 def test_command_errors(assets):
-    for arguments, message in ((["--build", "libero_goal/12"], "tasks 0 to 9"), (["--suite", "libero_11"], "unknown suite")):
-        command = [sys.executable, "-m", "common.tasks", *arguments, "--assets", assets]
+    for arguments, message in (
+        (["common.libero.build", "--task", "libero_goal/12"], "tasks 0 to 9"),
+        (["common.libero", "--suite", "libero_11"], "unknown suite"),
+    ):
+        command = [sys.executable, "-m", *arguments, "--assets", assets]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         assert result.returncode == 2 and result.stderr.startswith("error: ") and message in result.stderr
         assert result.stderr.count("\n") == 1

@@ -12,12 +12,14 @@ import pytest
 import torch
 
 import vla_finetune
-from common import demonstrator, tasks, vla_data
 from common.cli import UserError
-from common.data import read_episodes
-from common.env import NO_OP, make_env
+from common.data import vla as vla_data
+from common.data.hdf5 import read_episodes
+from common.demos import demonstrator
+from common.libero import make_env, tasks
+from common.libero.render import available, make_renderer
+from common.libero.step import NO_OP
 from common.metrics import wilson_interval
-from common.render import available, make_renderer
 from common.runs import Progress
 from tests.test_vla_pretrain import micro, same, write_pictures  # noqa: F401  (micro is a fixture)
 from vla_finetune import Args, ModelPolicy, check_match, evaluate, expand, summarise

@@ -18,12 +18,12 @@ import pytest
 import torch
 
 import vla_pretrain
-from common import vla_data
 from common.cli import UserError
-from common.data import read_episodes, write_episodes
-from common.render import add_images, make_renderer
+from common.data import vla as vla_data
+from common.data.hdf5 import read_episodes, write_episodes
+from common.data.vla import Chunks, Order, read_corpora
+from common.libero.render import add_images, make_renderer
 from common.runs import load_checkpoint
-from common.vla_data import Chunks, Order, read_corpora
 from vla_pretrain import SIZES, VLA, Args, FlowHead, Size, TokenHead, crop_images, draws, learning_rate, load_model, train
 
 MICRO = Size(32, 2, 1, 1, 2, (16, 16, 32, 32), (0, 0, 1, 0))
@@ -41,8 +41,8 @@ def micro(monkeypatch):
 
 
 def write_pictures(path: Path, task, episodes, size: int, assets: str) -> Path:
-    """Episodes with pictures of `size`, as python -m common.render makes them."""
-    write_episodes(path, episodes, task, {"script": "common.demonstrator", "assets": task.assets, "mujoco": mujoco.__version__})
+    """Episodes with pictures of `size`, as python -m common.libero.render makes them."""
+    write_episodes(path, episodes, task, {"script": "common.demos", "assets": task.assets, "mujoco": mujoco.__version__})
     add_images(path, size, assets=assets)
     return path
 
@@ -437,7 +437,7 @@ def test_corpora_that_cannot_be_used(corpus, demos, drawer_task, assets, tmp_pat
         read_corpora([])
     with pytest.raises(UserError, match="no such file"):
         read_corpora([tmp_path / "nowhere.hdf5"])
-    with pytest.raises(UserError, match=f"{demos} has no pictures agentview_rgb; render them: python -m common.render {demos}"):
+    with pytest.raises(UserError, match=f"{demos} has no pictures agentview_rgb; render them: python -m common.libero.render {demos}"):
         read_corpora([demos])
     damaged = tmp_path / "damaged.hdf5"
     damaged.write_bytes(corpus.read_bytes()[:-2000])

@@ -15,19 +15,23 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
-from common import env as env_module
 from common.cli import UserError
-from common.env import NO_OP, choose_backend, make_env, observe_states, predicate_holds
-from common.tasks import Predicate
+from common.libero import env as env_module
+from common.libero import make_env
+from common.libero.goals import predicate_holds
+from common.libero.make import choose_backend
+from common.libero.observation import observe_states
+from common.libero.step import NO_OP
+from common.libero.tasks import Predicate
 from tests.test_env import SCENE, opened
 
 if tuple(int(x) for x in mujoco.__version__.split(".")[:2]) < (3, 8):
     pytest.skip("MuJoCo Warp needs mujoco 3.8 or later", allow_module_level=True)
 
 wp = pytest.importorskip("warp")
-warp_env = pytest.importorskip("common.warp_env")
+warp_env = pytest.importorskip("common.libero.warp_env")
 
-wp.set_module_options({"enable_backward": False, "max_unroll": 0})  # as in common.warp_env
+wp.set_module_options({"enable_backward": False, "max_unroll": 0})  # as in common.libero.warp_env
 
 FIELDS = ("qpos", "qvel", "xpos", "xmat", "xipos", "site_xpos", "site_xmat")
 

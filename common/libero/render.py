@@ -4,12 +4,12 @@ LIBERO's HDF5 files store pictures bottom row first ("opengl"): `picture[::-1]`.
 by 180 degrees, which makes ours mirrored left to right: `picture[:, ::-1]`.
 
 Two renderers; outputs record which one was used (`renderer.name`), for a policy trained on one may not take the other's pictures:
-- "warp": our ray tracer (common/raytracer.py), on the CPU or a GPU, without a GL library and under any MuJoCo version. It follows MuJoCo's
-  OpenGL code in light and textures, with hard edges, without shadows (LIBERO's lights cast none) and without reflections.
+- "warp": our ray tracer (common/libero/raytracer.py), on the CPU or a GPU, without a GL library and under any MuJoCo version. It
+  follows MuJoCo's OpenGL code in light and textures, with hard edges, without shadows (LIBERO's lights cast none) or reflections.
 - "gl": MuJoCo's own, pixel for pixel LIBERO's OffScreenRenderEnv; needs a GL library (MUJOCO_GL=egl or osmesa).
 Both show the visual geoms (group 1), not the collision geoms (group 0), and no sites.
 
-    python -m common.render FILE [FILE ...]         # pictures of the stored states, into demonstrations and corpora
+    python -m common.libero.render FILE [FILE ...]         # pictures of the stored states, into demonstrations and corpora
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ import numpy as np
 import tyro
 
 from common.cli import UserError, atomic_path, cache_dir, run_command
-from common.data import Episode, image_names, read_attrs, replace_images, require_sound
-from common.tasks import Task, load_task
+from common.data.hdf5 import Episode, image_names, read_attrs, replace_images, require_sound
+from common.libero.tasks import Task, load_task
 
 if TYPE_CHECKING:  # torch, Warp and MuJoCo Warp are imported late
     import torch
     import warp
 
-    from common.warp_env import LiberoWarpEnv
+    from common.libero.warp_env import LiberoWarpEnv
 
 RENDERERS = ("warp", "gl")
 CAMERAS = ("agentview", "robot0_eye_in_hand")
@@ -123,7 +123,7 @@ class _WarpRenderer(Renderer):
 
     def __init__(self, model: mujoco.MjModel, cameras: Sequence[str], width: int, height: int, threads: int | None, device: str):
         super().__init__(model, cameras, width, height)
-        from common.raytracer import RayTracer
+        from common.libero.raytracer import RayTracer
 
         self.tracer = RayTracer(model, self.option, self.camera_ids, width, height, threads, device)
 
@@ -290,7 +290,7 @@ def add_images(
 
     Args:
         cameras: names in the model, robot0_eye_in_hand becoming eye_in_hand_rgb.
-        assets: LIBERO's asset folder or "standin", of the kind that the file was made on; see `common.tasks.find_assets`.
+        assets: LIBERO's asset folder or "standin", of the kind that the file was made on; see `common.libero.assets.find_assets`.
         progress: a `common.runs.Progress`.
         overwrite: replace all pictures that the file has.
 

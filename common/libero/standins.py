@@ -754,7 +754,7 @@ def write_assets(folder: Path) -> None:
     (folder / "textures").mkdir()
     for seed, (name, (colour, spread, tiles)) in enumerate(TEXTURES.items()):
         Image.fromarray(_texture(colour, spread, tiles, seed)).save(folder / "textures" / name)
-    (folder / MARKER).write_text("Stand-ins for LIBERO's assets, written by common/standins.py: not LIBERO's, see docs/standins.md.\n")
+    (folder / MARKER).write_text("Stand-ins for LIBERO's assets, made by common/libero/standins.py: not LIBERO's, see docs/standins.md.\n")
 
 
 def is_standin(folder: Path) -> bool:

@@ -8,7 +8,7 @@ hand can take hold (`find_grasps`); and two skills do it: `PickPlace` moves a fr
 Every action is a function of the current state, the task and the strategy, without hidden timers or counters, so that a
 policy without memory can imitate it: paths are flows in space (`funnel`), and a phase ends when the state says so.
 
-    python -m common.demonstrator --task libero_goal/0 --episodes 50 --out DIR
+    python -m common.demos --task libero_goal/0 --episodes 50 --out DIR
 """
 
 from __future__ import annotations
@@ -31,11 +31,10 @@ import mujoco
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from common import skills, tasks
 from common.cli import UserError, atomic_path, cache_dir, run_command
-from common.data import Episode, Recorder, read_episodes, write_episodes
-from common.env import NO_OP, make_env, predicate_holds, share_cores
-from common.skills import (
+from common.data.hdf5 import Episode, Recorder, read_episodes, write_episodes
+from common.demos import skills
+from common.demos.skills import (
     GAIN,
     OPEN,
     PATHS,
@@ -51,7 +50,12 @@ from common.skills import (
     ramp,
     rotation_vector,
 )
-from common.tasks import SUITES, Predicate, Task, load_task, resolve, task_names
+from common.libero import Task, load_task, make_env, tasks
+from common.libero.env import share_cores
+from common.libero.goals import predicate_holds
+from common.libero.step import NO_OP
+from common.libero.tasks import Predicate
+from common.suites import SUITES, resolve, task_names
 
 # ---------------------------------------------------------------------------------------------- strategies
 
@@ -553,7 +557,7 @@ def load_or_collect(task: Task, num_episodes: int, seed: int = 0, noise: float =
 
 
 def write_demonstrations(path: str | os.PathLike, task: Task, episodes: list[Episode]) -> None:
-    attrs = {"script": "common.demonstrator", "mujoco": mujoco.__version__, "assets": task.assets}
+    attrs = {"script": "common.demos", "mujoco": mujoco.__version__, "assets": task.assets}
     write_episodes(path, episodes, task, attrs)
 
 

@@ -18,9 +18,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from common.cli import UserError
-from common.data import PROPRIO as STORED
-from common.data import read_attrs, require_sound
-from common.tasks import resolve, task_names
+from common.data.hdf5 import PROPRIO as STORED
+from common.data.hdf5 import read_attrs, require_sound
+from common.suites import resolve, task_names
 
 CAMERAS = {"agentview_rgb": "agentview", "eye_in_hand_rgb": "robot0_eye_in_hand"}  # as files and as models call them
 PROPRIO = {name: STORED[name] for name in ("ee_pos", "ee_ori", "gripper_states")}  # LeRobot's observation.state: m, axis-angle rad, m
@@ -66,7 +66,9 @@ def read_corpora(paths: Sequence[str | os.PathLike], max_episodes: int | None = 
         for name in ("image_size", "renderer", "assets"):
             ours, theirs = getattr(corpora[0], name), getattr(corpus, name)
             if ours != theirs:
-                remedy = "render one of them again: python -m common.render FILE --overwrite" if name != "assets" else "use one of them"
+                remedy = (
+                    "render one of them again: python -m common.libero.render FILE --overwrite" if name != "assets" else "use one of them"
+                )
                 raise UserError(f"{name} mismatch: {corpora[0].path} has {ours}, {corpus.path} has {theirs}; {remedy}")
     return corpora
 
@@ -80,11 +82,11 @@ def _read_corpus(path: Path, max_episodes: int | None, seed: int) -> Corpus:
             raise UserError(f"{path} holds no successful episode to learn from")
         missing = [name for name in CAMERAS if any(f"obs/{name}" not in data[d] for d in demos)]
         if missing:
-            raise UserError(f"{path} has no pictures {missing[0]}; render them: python -m common.render {path} --size 64")
+            raise UserError(f"{path} has no pictures {missing[0]}; render them: python -m common.libero.render {path} --size 64")
         height, width = data[demos[0]]["obs/agentview_rgb"].shape[1:3]
         if height != width:
             raise UserError(
-                f"{path} has pictures of {width} x {height} pixels, not square ones; python -m common.render --overwrite makes such"
+                f"{path} has pictures of {width} x {height} pixels, not square ones; python -m common.libero.render --overwrite makes such"
             )
         if max_episodes is not None:
             demos = [demos[i] for i in np.random.default_rng(seed).permutation(len(demos))[:max_episodes]]

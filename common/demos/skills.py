@@ -1,6 +1,6 @@
 """Skills of the scripted demonstrator: grasps from collision geometry, flows in space, pick and place, and moving joints.
 
-See `common.demonstrator`, which puts them together.
+See `common.demos.demonstrator`, which puts them together.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.ndimage import maximum_filter, maximum_filter1d
 
-from common.tasks import Predicate, Task
+from common.libero import Task
+from common.libero.tasks import Predicate
 
 UP = np.array([0.0, 0.0, 1.0])
 OPEN, CLOSE = -1.0, 1.0
@@ -413,7 +414,7 @@ def hand_points() -> np.ndarray:
 
 
 def slack(predicate: Predicate, centre: np.ndarray, frame: np.ndarray, origins: np.ndarray, axes: int = 3) -> np.ndarray:
-    """(n,) how far (m) inside the region the (n, 3) origins are, negative outside: `common.env` says what LIBERO's regions are.
+    """(n,) how far (m) inside the region the (n, 3) origins are, negative outside: `common.libero.step` says what LIBERO's regions are.
 
     Of the region's `axes`, 2 leave out its height.
     """

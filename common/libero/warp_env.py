@@ -1,4 +1,4 @@
-"""LIBERO's simulation in batch on a GPU: common/env.py's environment, with all worlds of a task on MuJoCo Warp.
+"""LIBERO's simulation in batch on a GPU: common/libero/env.py's environment, with all worlds of a task on MuJoCo Warp.
 
 A control step is 25 times step1, OSC_POSE, step2, then the goal, the next episode's start where one has ended, and the
 observation. All of it stays on the device, and on CUDA it is one recorded graph. Physics is in single precision: trajectories
@@ -23,27 +23,12 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from common.cli import UserError
-from common.env import (
-    GRIPPER_SPEED,
-    KINDS,
-    KP,
-    NO_OP,
-    NULL_KP,
-    QPOS,
-    QVEL,
-    SITE_XPOS,
-    SUBSTEPS,
-    XIPOS,
-    XMAT,
-    XPOS,
-    LiberoEnv,
-    LiberoVectorEnv,
-    axis_angle,
-    goal_table,
-    mass_addresses,
-)
-from common.render import start_warp, warp_device
-from common.tasks import Predicate, Task
+from common.libero.env import LiberoEnv, LiberoVectorEnv, mass_addresses
+from common.libero.goals import KINDS, goal_table
+from common.libero.observation import axis_angle
+from common.libero.render import start_warp, warp_device
+from common.libero.step import GRIPPER_SPEED, KP, NO_OP, NULL_KP, QPOS, QVEL, SITE_XPOS, SUBSTEPS, XIPOS, XMAT, XPOS
+from common.libero.tasks import Predicate, Task
 
 start_warp()  # before MuJoCo Warp's import starts it: quietly, with our folder for compiled kernels
 
@@ -76,7 +61,7 @@ def _array(values, dtype=int) -> wp.array:
 
 @wp.struct
 class Arm:
-    """Where the arm's numbers lie, and the constants of its controller (see `common.env._control_steps`)."""
+    """Where the arm's numbers lie, and the constants of its controller (see `common.libero.step.control_steps`)."""
 
     qpos: wp.array(dtype=int)  # (7,) addresses
     dof: wp.array(dtype=int)  # (7,)
@@ -94,7 +79,7 @@ class Arm:
 
 @wp.struct
 class Poses:
-    """N worlds' numbers that controller, goal and observation read, each as (N, .) float: see `common.env.FIELDS`."""
+    """N worlds' numbers that controller, goal and observation read, each as (N, .) float: see `common.libero.step.FIELDS`."""
 
     qpos: wp.array2d(dtype=float)
     qvel: wp.array2d(dtype=float)
@@ -152,7 +137,7 @@ def solve(factor: mat77, n: int, x: vec7):
 
 @wp.func
 def osc_torques(M: mat77, J: mat67, bias: vec7, q: vec7, qd: vec7, q0: vec7, pos_error: wp.vec3d, ori_error: wp.vec3d, velocity: vec7):
-    """`common.env._osc_torques`, term by term."""
+    """`common.libero.step._osc_torques`, term by term."""
     kd = real(2.0) * wp.sqrt(real(wp.static(KP)))
     null_kd = real(2.0) * wp.sqrt(real(wp.static(NULL_KP)))
     a = vec7()
@@ -196,7 +181,7 @@ def osc_torques(M: mat77, J: mat67, bias: vec7, q: vec7, qd: vec7, q0: vec7, pos
 
 @wp.func
 def axis_angle_matrix(v: wp.vec3d):
-    """`common.env._axis_angle_matrix`: by a quaternion in single precision, as robosuite does it."""
+    """`common.libero.step._axis_angle_matrix`: by a quaternion in single precision, as robosuite does it."""
     angle = wp.sqrt(v[0] * v[0] + v[1] * v[1] + v[2] * v[2])
     s = wp.sin(real(0.5) * angle) / angle
     w = float(wp.cos(real(0.5) * angle))
@@ -318,7 +303,7 @@ def control(
 
 @wp.struct
 class Goal:
-    """P conjuncts (see `common.env.goal_table`)."""
+    """P conjuncts (see `common.libero.goals.goal_table`)."""
 
     kind: wp.array(dtype=int)  # (P,)
     body: wp.array(dtype=int)
@@ -351,7 +336,7 @@ def goal_struct(goal: Sequence[Predicate], ngeom: int) -> Goal:
 
 @wp.func
 def near(p: int, goal: Goal, poses: Poses, world: int):
-    """`common.env._near`: whether conjunct p holds as far as positions say."""
+    """`common.libero.step._near`: whether conjunct p holds as far as positions say."""
     kind = goal.kind[p]
     if kind == wp.static(KINDS["joint"]):
         count = int(0)  # noqa: UP018 (a variable to Warp, not a constant)
@@ -448,7 +433,7 @@ def judge(
 
 @wp.func
 def entry(field: int, index: int, poses: Poses, world: int):
-    """A number of `common.env.FIELDS`."""
+    """A number of `common.libero.step.FIELDS`."""
     if field == wp.static(QPOS):
         return poses.qpos[world, index]
     if field == wp.static(QVEL):
@@ -644,7 +629,7 @@ def find_device(device: str | None) -> wp.Device:
 
 
 class LiberoWarpEnv(LiberoEnv):
-    """A LIBERO task as `gymnasium.vector.VectorEnv` on a GPU: `common.env.LiberoVectorEnv`'s interface and semantics.
+    """A LIBERO task as `gymnasium.vector.VectorEnv` on a GPU: `common.libero.env.LiberoVectorEnv`'s interface and semantics.
 
     What differs: physics is in single precision; training resets are drawn on the device from (seed, world, episode); an episode
     whose world needs more constraint rows than `njmax`, or blows up, is truncated, with a warning.
@@ -841,7 +826,7 @@ class LiberoWarpEnv(LiberoEnv):
         return self._out(self._obs)
 
     def proprioception(self) -> dict[str, np.ndarray]:
-        """LIBERO's robot observations, (num_envs, .) float64 each; see `common.env.proprioception`."""
+        """LIBERO's robot observations, (num_envs, .) float64 each; see `common.libero.observation.proprioception`."""
         sensed = {name: x.cpu().numpy().astype(np.float64) for name, x in self.sensed().items()}
         return sensed | {"ee_ori": np.stack([axis_angle(q) for q in sensed["ee_quat"][:, [3, 0, 1, 2]]])}
 

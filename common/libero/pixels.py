@@ -1,8 +1,4 @@
-"""Observations in pixels: pictures and proprioception of LIBERO's states, the environment that returns them, and batches of them.
-
-The RL scripts see either states, (N, size) float32, or a gymnasium Dict of pictures and proprioception. `to_tensor`, `join` and
-`obs_buffer` take both; what they return is indexed alike, so that an algorithm is written once.
-"""
+"""Observations in pixels: pictures and proprioception of LIBERO's states, and the environment that returns them."""
 
 from __future__ import annotations
 
@@ -16,13 +12,13 @@ import numpy as np
 import torch
 from gymnasium.vector import VectorEnv, VectorWrapper
 
-from common.data import PROPRIO as STORED
-from common.env import proprioception
-from common.render import make_renderer
-from common.tasks import Task
+from common.data.hdf5 import PROPRIO as STORED
+from common.libero.observation import proprioception
+from common.libero.render import make_renderer
+from common.libero.tasks import Task
 
 if TYPE_CHECKING:
-    from common.warp_env import LiberoWarpEnv
+    from common.libero.warp_env import LiberoWarpEnv
 
 PROPRIO = {name: STORED[name] for name in ("ee_pos", "ee_quat", "gripper_states")}  # m, xyzw, m
 
@@ -33,7 +29,7 @@ class PixelObservation:
     For each camera a picture (image_size, image_size, 3) uint8 under LIBERO's name (`agentview_rgb`, `eye_in_hand_rgb`), bottom row
     first as in LIBERO's HDF5 files; `proprio` (9,) float32, see PROPRIO. `space` is their gymnasium space.
 
-    Raises UserError for what `common.render.make_renderer` refuses.
+    Raises UserError for what `common.libero.render.make_renderer` refuses.
     """
 
     def __init__(self, task: Task, image_size: int, cameras: Sequence[str], renderer: str, device: str = "cpu"):
@@ -103,44 +99,3 @@ class PixelEnv(VectorWrapper):
     def observations(self) -> dict[str, np.ndarray] | dict[str, torch.Tensor]:
         """Pictures and proprioception of the current states, (num_envs, ...) each."""
         return self.pixels.of_worlds(self.env) if self.stays else self.pixels(self.env.get_state())
-
-
-class TensorDict:
-    """Tensors by name that share their first dimensions and are indexed together, as if they were one."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]):
-        self.tensors = tensors
-
-    def __getitem__(self, at):
-        return self.tensors[at] if isinstance(at, str) else TensorDict({name: x[at] for name, x in self.tensors.items()})
-
-    def __setitem__(self, at, values: TensorDict) -> None:
-        for name, x in self.tensors.items():
-            x[at] = values[name]
-
-    def __len__(self) -> int:
-        return len(next(iter(self.tensors.values())))
-
-    def flatten(self, start: int, end: int) -> TensorDict:
-        return TensorDict({name: x.flatten(start, end) for name, x in self.tensors.items()})
-
-
-def to_tensor(obs: np.ndarray | dict[str, np.ndarray], device: torch.device | None = None) -> torch.Tensor | TensorDict:
-    """Observations as an environment returns them -> tensors of the same shapes and types, on `device` (default CPU)."""
-    if isinstance(obs, dict):
-        return TensorDict({name: torch.as_tensor(x, device=device) for name, x in obs.items()})
-    return torch.as_tensor(obs, device=device)
-
-
-def join(obs: Sequence[np.ndarray] | Sequence[dict[str, np.ndarray]], device: torch.device | None = None) -> torch.Tensor | TensorDict:
-    """Batches of observations, one after the other, as tensors on `device` (default CPU)."""
-    if isinstance(obs[0], dict):
-        return TensorDict({name: join([x[name] for x in obs], device) for name in obs[0]})
-    return torch.as_tensor(np.concatenate(obs), device=device)
-
-
-def obs_buffer(num_steps: int, obs: np.ndarray | dict[str, np.ndarray], device: torch.device | None = None) -> torch.Tensor | TensorDict:
-    """Zeros on `device` in which `num_steps` batches of observations like `obs` find room, (num_steps, num_envs, ...)."""
-    if isinstance(obs, dict):
-        return TensorDict({name: obs_buffer(num_steps, x, device) for name, x in obs.items()})
-    return torch.zeros((num_steps, *obs.shape), dtype=torch.as_tensor(obs).dtype, device=device)

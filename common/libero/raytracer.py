@@ -2,7 +2,7 @@
 
 It computes what MuJoCo's own renderer computes (fixed-function OpenGL: diffuse and specular light, a headlight, spot lights, 2-D and
 cube textures, trilinear mipmaps, back faces culled), for every pixel on its own and without shadows, reflections, fog and skins.
-Every geom becomes a triangle mesh. `common.render` is the interface; this module imports Warp, so it is imported late.
+Every geom becomes a triangle mesh. `common.libero.render` is the interface; this module imports Warp, so it is imported late.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""The scripted demonstrator: several ways of doing any LIBERO task, whose names are known."""

@@ -1,0 +1,193 @@
+"""LIBERO's 130 tasks, compiled once to a MuJoCo model plus the indices a simulation needs.
+
+LIBERO and robosuite build a task's scene out of BDDL, meshes and Python classes in seconds. Everything that a simulation
+needs afterwards is in the compiled `MjModel`, the parsed goal and the initial states, so `load_task` runs LIBERO once per
+task in a process of its own (`common.libero.build`), and keeps the result in one file of the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import mujoco
+import numpy as np
+
+from common.cli import UserError, atomic_path, cache_dir
+from common.libero.assets import assets_fingerprint, find_assets
+from common.suites import MAX_STEPS, libero_root, resolve, task_names
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectInfo:
+    """A movable object or a fixture of a task."""
+
+    name: str
+    category: str
+    fixture: bool
+    body: int  # root body id
+    joint_qpos: int | None  # address of a free joint's 7 numbers (position, quaternion wxyz), None for a fixture
+    geoms: tuple[int, ...]  # geoms that count as contact with the object
+    joints: tuple[int, ...]  # ids of its articulation joints
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteInfo:
+    """A region that goals refer to: a box-shaped site."""
+
+    name: str
+    site: int
+    parent: str | None  # object or fixture that carries it; None for a region of the table or floor
+    size: tuple[float, ...]  # half extents in metres
+    joints: tuple[int, ...]  # ids of the joints that open or close it
+
+
+@dataclasses.dataclass(frozen=True)
+class Predicate:
+    """One conjunct of the goal, with what is needed to evaluate it (LIBERO's `object_states`, `predicates`, `site_object`).
+
+    `kind` is `contain` (in, site), `under` (on, site), `ontop` (on, object) or `joint` (open, close, turnon, turnoff).
+    For `joint`, each joint position q is compared as `sign * q > sign * threshold` (`>=` if `inclusive`), and any or all must hold.
+    """
+
+    name: str
+    args: tuple[str, ...]
+    kind: str
+    site: int = -1
+    body: int = -1  # the object that must be in or on the target
+    target_body: int = -1
+    size: tuple[float, ...] = (0.0, 0.0, 0.0)
+    contact: tuple[tuple[int, ...], tuple[int, ...]] | None = None  # the two geom groups that must touch
+    qpos: tuple[int, ...] = ()
+    sign: float = 1.0
+    threshold: float = 0.0
+    inclusive: bool = False
+    any: bool = False
+
+
+@dataclasses.dataclass
+class Task:
+    """A compiled task. States are (time, qpos, qvel) rows of 1 + nq + nv float64, as LIBERO writes them."""
+
+    suite: str
+    index: int
+    name: str
+    language: str
+    problem_name: str
+    bddl_file: str
+    xml: str
+    assets: str  # which assets the model was built from: "libero" or "standin", with their fingerprint
+    goal: list[Predicate]
+    objects: dict[str, ObjectInfo]
+    sites: dict[str, SiteInfo]
+    of_interest: list[str]  # BDDL's obj_of_interest: objects, fixtures or regions
+    eef_site: int  # the grip site, between the fingertips
+    hand_body: int
+    arm_qpos: list[int]
+    arm_dof: list[int]
+    arm_actuators: list[int]
+    gripper_qpos: list[int]
+    gripper_dof: list[int]
+    gripper_actuators: list[int]
+    initial_joints: list[float]  # the arm's reset pose (rad), toward which the null space is controlled
+    model: mujoco.MjModel
+    init_states: np.ndarray  # (50, 1 + nq + nv), official, for evaluation
+    train_states: np.ndarray  # (256, 1 + nq + nv), from LIBERO's placement distribution
+
+    @property
+    def id(self) -> str:
+        return f"{self.suite}/{self.name}"
+
+    @property
+    def max_steps(self) -> int:
+        return MAX_STEPS[self.suite]
+
+
+# ---------------------------------------------------------------------------------------------- which task, which assets
+
+
+def find_human_demos(task: Task) -> Path | None:
+    """LIBERO's human demonstrations of a task, if they are on disk: in $LIBERO_DATASETS, or where LIBERO downloads them to."""
+    name = f"{task.name}_demo.hdf5"
+    folders = [Path(f).expanduser() for f in [os.environ.get("LIBERO_DATASETS")] if f] + [libero_root().parent / "datasets"]
+    candidates = [folder / suite / name for folder in folders for suite in (task.suite, "libero_100", ".")]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+# ---------------------------------------------------------------------------------------------- loading through the cache
+
+
+def cache_file(suite: str, index: int, folder: Path) -> Path:
+    """Where a compiled task is kept: the key covers the task, the versions, the assets and the code that compiles it."""
+    versions = [mujoco.__version__, *(importlib.metadata.version(p) for p in ("robosuite", "hf-libero", "bddl"))]
+    sources = b"".join((Path(__file__).parent / name).read_bytes() for name in ("tasks.py", "build.py", "original.py"))
+    parts = [*versions, assets_fingerprint(folder), hashlib.sha256(sources).hexdigest()]
+    key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]
+    return cache_dir() / "tasks" / f"{suite}-{index:02d}-mujoco{mujoco.__version__}-{key}.npz"
+
+
+def load_task(task_id: str, assets: str | None = None) -> Task:
+    """Load a task, compiling it (3 to 30 s) if the cache has no good copy.
+
+    Args:
+        task_id: see `resolve`.
+        assets: LIBERO's asset folder or "standin", see `find_assets`.
+
+    Raises:
+        UserError: unknown or ambiguous task, missing or broken assets.
+    """
+    suite, index = resolve(task_id)
+    folder = find_assets(assets)
+    path = cache_file(suite, index, folder)
+    try:
+        return _read_task(path)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, mujoco.FatalError) as error:
+        if path.exists():
+            logging.getLogger(__name__).warning("cache entry %s is damaged (%s): building it again", path.name, error)
+    # A process of its own, because importing robosuite changes MUJOCO_GL and numpy's global generator for good.
+    arguments = [sys.executable, "-m", "common.libero.build", "--task", f"{suite}/{index}", "--assets", str(folder)]
+    root = Path(__file__).resolve().parents[2]
+    result = subprocess.run(arguments, cwd=root, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if result.returncode != 0 or not path.exists():
+        reason = (result.stderr.strip() or result.stdout.strip() or "no output").splitlines()[-1]
+        raise UserError(f"{suite}/{task_names()[suite][index]} does not build from {folder}: {reason.removeprefix('error: ')}")
+    return _read_task(path)
+
+
+def _read_task(path: Path) -> Task:
+    with np.load(path, allow_pickle=False) as file:  # a zip archive: every member carries a checksum
+        meta = json.loads(file["meta"].tobytes())
+        model = mujoco.MjModel.from_binary_path("task.mjb", {"task.mjb": file["model"].tobytes()})
+        arrays = {name: file[name] for name in ("init_states", "train_states")}
+    tuples = lambda values: tuple(tuples(v) if isinstance(v, list) else v for v in values)  # noqa: E731
+    read = lambda cls, row: cls(**{k: tuples(v) if isinstance(v, list) else v for k, v in row.items()})  # noqa: E731
+    meta["goal"] = [read(Predicate, row) for row in meta["goal"]]
+    meta["objects"] = {row["name"]: read(ObjectInfo, row) for row in meta["objects"]}
+    meta["sites"] = {row["name"]: read(SiteInfo, row) for row in meta["sites"]}
+    return Task(model=model, **meta, **arrays)
+
+
+def write_task(path: Path, task: Task) -> None:
+    meta = {f.name: getattr(task, f.name) for f in dataclasses.fields(task) if f.name not in ("model", "init_states", "train_states")}
+    meta["goal"] = [dataclasses.asdict(p) for p in task.goal]
+    meta["objects"] = [dataclasses.asdict(o) for o in task.objects.values()]
+    meta["sites"] = [dataclasses.asdict(s) for s in task.sites.values()]
+    binary = np.empty(mujoco.mj_sizeModel(task.model), np.uint8)
+    mujoco.mj_saveModel(task.model, None, binary)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez(
+            file,
+            meta=np.frombuffer(json.dumps(meta).encode(), np.uint8),
+            model=binary,
+            init_states=task.init_states,
+            train_states=task.train_states,
+        )
