@@ -5,7 +5,8 @@ from __future__ import annotations
 import tyro
 
 from common.cli import UserError, run_command
-from common.libero.tasks import SUITES, load_task, task_names
+from common.libero.tasks import load_task
+from common.suites import SUITES, task_names
 
 
 def main(suite: str | None = None, assets: str | None = None) -> None:
