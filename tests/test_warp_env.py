@@ -16,8 +16,7 @@ import pytest
 from gymnasium.vector import AutoresetMode
 
 from common.cli import UserError
-from common.libero import env as env_module
-from common.libero import make_env
+from common.libero import make_env, step
 from common.libero.goals import predicate_holds
 from common.libero.make import choose_backend
 from common.libero.observation import observe_states
@@ -30,8 +29,9 @@ if tuple(int(x) for x in mujoco.__version__.split(".")[:2]) < (3, 8):
 
 wp = pytest.importorskip("warp")
 warp_env = pytest.importorskip("common.libero.warp_env")
+warp_kernels = pytest.importorskip("common.libero.warp_kernels")
 
-wp.set_module_options({"enable_backward": False, "max_unroll": 0})  # as in common.libero.warp_env
+wp.set_module_options({"enable_backward": False, "max_unroll": 0})  # as in common.libero.warp_kernels
 
 FIELDS = ("qpos", "qvel", "xpos", "xmat", "xipos", "site_xpos", "site_xmat")
 
@@ -41,21 +41,21 @@ FIELDS = ("qpos", "qvel", "xpos", "xmat", "xipos", "site_xpos", "site_xmat")
 
 @wp.kernel
 def torques(
-    M: wp.array(dtype=warp_env.mat77),
-    J: wp.array(dtype=warp_env.mat67),
-    vectors: wp.array2d(dtype=warp_env.vec7),  # bias, q, qd, q0, velocity
+    M: wp.array(dtype=warp_kernels.mat77),
+    J: wp.array(dtype=warp_kernels.mat67),
+    vectors: wp.array2d(dtype=warp_kernels.vec7),  # bias, q, qd, q0, velocity
     errors: wp.array2d(dtype=wp.vec3d),  # of position and orientation
-    out: wp.array(dtype=warp_env.vec7),
+    out: wp.array(dtype=warp_kernels.vec7),
 ):
     i = wp.tid()
     v = vectors[i]
-    out[i] = warp_env.osc_torques(M[i], J[i], v[0], v[1], v[2], v[3], errors[i, 0], errors[i, 1], v[4])
+    out[i] = warp_kernels.osc_torques(M[i], J[i], v[0], v[1], v[2], v[3], errors[i, 0], errors[i, 1], v[4])
 
 
 @wp.kernel
 def matrices(v: wp.array(dtype=wp.vec3d), out: wp.array(dtype=wp.mat33d)):
     i = wp.tid()
-    out[i] = warp_env.axis_angle_matrix(v[i])
+    out[i] = warp_kernels.axis_angle_matrix(v[i])
 
 
 def test_controller_is_the_cpu_backends():
@@ -65,19 +65,19 @@ def test_controller_is_the_cpu_backends():
     M, J = root @ root.transpose(0, 2, 1) + 0.3 * np.eye(7), rng.normal(size=(n, 6, 7))
     J[n // 2 :, 5] = J[n // 2 :, 4] + 1e-3 * rng.normal(size=(n // 2, 7))
     vectors, errors = rng.normal(size=(n, 5, 7)), rng.normal(size=(n, 2, 3))
-    out, expected = wp.zeros(n, dtype=warp_env.vec7, device="cpu"), np.empty((n, 7))
-    inputs = [(M, warp_env.mat77), (J, warp_env.mat67), (vectors, warp_env.vec7), (errors, wp.vec3d)]
+    out, expected = wp.zeros(n, dtype=warp_kernels.vec7, device="cpu"), np.empty((n, 7))
+    inputs = [(M, warp_kernels.mat77), (J, warp_kernels.mat67), (vectors, warp_kernels.vec7), (errors, wp.vec3d)]
     wp.launch(torques, n, inputs=[wp.array(x, dtype=t, device="cpu") for x, t in inputs], outputs=[out], device="cpu")
     for i in range(n):
         bias, q, qd, q0, velocity = vectors[i]
-        env_module._osc_torques(M[i].copy(), J[i], bias, q, qd, q0, *errors[i], velocity[:6], expected[i])
+        step._osc_torques(M[i].copy(), J[i], bias, q, qd, q0, *errors[i], velocity[:6], expected[i])
     np.testing.assert_allclose(out.numpy(), expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
 
     v = rng.normal(size=(n, 3)) * rng.choice([1e-6, 0.1, 0.5], size=(n, 1))
     turned, matrix = wp.zeros(n, dtype=wp.mat33d, device="cpu"), np.empty((3, 3))
     wp.launch(matrices, n, inputs=[wp.array(v, dtype=wp.vec3d, device="cpu")], outputs=[turned], device="cpu")
     for i in range(n):
-        env_module._axis_angle_matrix(v[i], matrix)
+        step._axis_angle_matrix(v[i], matrix)
         np.testing.assert_allclose(turned.numpy()[i], matrix, atol=3e-7)  # a rounding of single precision
 
 
@@ -106,20 +106,20 @@ def test_goals_are_the_cpu_backends():
             rows[name].append(np.array(getattr(data, name)).ravel())
     contacts = np.array(contacts[::-1])
     with wp.ScopedDevice("cpu"):
-        poses = warp_env.Poses()
+        poses = warp_kernels.Poses()
         for name in FIELDS:
             setattr(poses, name, wp.array(np.array(rows[name], np.float32), dtype=float))
-        memory = warp_env.Memory()
+        memory = warp_kernels.Memory()
         memory.elapsed, memory.broken, memory.peaks = (wp.zeros(k, dtype=int) for k in (n, n, 4))
         found = np.zeros_like(expected)
         for p, predicate in enumerate(conjuncts):
-            goal = warp_env.goal_struct([predicate], model.ngeom)
+            goal = warp_kernels.goal_struct([predicate], model.ngeom)
             touching = wp.zeros((n, 1), dtype=int)
             worlds, pairs = wp.array(contacts[:, 0], dtype=int), wp.array(contacts[:, 1:], dtype=wp.vec2i)
             count = wp.array([len(contacts)], dtype=int)
-            wp.launch(warp_env.find_touching, len(contacts) + 5, inputs=[goal, count, pairs, worlds, touching])
+            wp.launch(warp_kernels.find_touching, len(contacts) + 5, inputs=[goal, count, pairs, worlds, touching])
             flags = [wp.zeros(n, dtype=t) for t in (float, bool, bool, bool, int)]
-            wp.launch(warp_env.judge, n, inputs=[goal, poses, memory, touching, 10**6], outputs=flags)
+            wp.launch(warp_kernels.judge, n, inputs=[goal, poses, memory, touching, 10**6], outputs=flags)
             found[:, p] = flags[1].numpy()
     np.testing.assert_array_equal(found, expected)
     assert (expected.sum(0) >= 5).all() and (expected.sum(0) <= n - 5).all()
