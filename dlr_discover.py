@@ -36,7 +36,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from common import metrics, plots, rollout
 from common.cli import UserError, run_command
-from common.data.hdf5 import Episode
+from common.data import Episode
 from common.libero import load_task, make_env
 from common.libero.env import LiberoVectorEnv
 from common.libero.observation import observe_states

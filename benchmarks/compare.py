@@ -29,8 +29,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from common import metrics, plots, rollout
 from common.cli import UserError, atomic_path, run_command
-from common.data.hdf5 import Episode, read_episodes
-from common.demos.demonstrator import collect, strategies
+from common.data import Episode, read_episodes
+from common.demos import collect, strategies
 from common.libero import Task, load_task
 from common.runs import Progress, read_finished, write_json
 

@@ -25,7 +25,7 @@ import tyro
 from tqdm import tqdm
 
 from common.cli import UserError, atomic_path, run_command, usable_cores
-from common.demos.demonstrator import Attempt, perform, strategies
+from common.demos import Attempt, perform, strategies
 from common.libero import load_task
 from common.libero.assets import assets_fingerprint, find_assets
 from common.libero.env import share_cores

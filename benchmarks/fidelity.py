@@ -48,8 +48,8 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from common.cli import UserError, run_command, usable_cores
-from common.data.hdf5 import Episode
-from common.demos.demonstrator import Demonstrator, Strategy, strategies
+from common.data import Episode
+from common.demos import Demonstrator, Strategy, strategies
 from common.libero import Task, load_task, make_env
 from common.libero.assets import find_assets
 from common.libero.env import share_cores
@@ -416,7 +416,7 @@ def report_backends(rows: list[dict], limit: float = 0.03) -> str:
 
 def demonstrations(task: Task, count: int = 2) -> list[Episode]:
     """Scripted demonstrations as the data-set command would store them; none where the demonstrator has no strategy."""
-    from common.demos.demonstrator import collect
+    from common.demos import collect
 
     try:
         return collect(task, count, replayable=True, progress=False)

@@ -18,7 +18,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from common.cli import UserError, atomic_path, run_command
-from common.data.hdf5 import read_attrs, read_episodes
+from common.data import read_attrs, read_episodes
 from common.libero import load_task
 from common.libero.render import make_renderer
 from common.runs import Progress

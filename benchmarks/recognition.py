@@ -21,7 +21,7 @@ import tyro
 import dlr_discover
 from common import metrics, rollout
 from common.cli import UserError, run_command
-from common.data.hdf5 import read_episodes
+from common.data import read_episodes
 from common.libero import load_task, make_env
 from common.libero.observation import observe_states
 from common.runs import Progress, load_checkpoint, read_finished, stored_args

@@ -12,7 +12,7 @@ import torch
 
 from common import metrics, plots
 from common.cli import UserError
-from common.data.hdf5 import Episode, Recorder, read_episodes, write_episodes
+from common.data import Episode, Recorder, read_episodes, write_episodes
 from common.libero import Task
 from common.libero.env import LiberoVectorEnv
 from common.libero.make import choose_backend
@@ -51,7 +51,7 @@ def load_demos(demos: str, task: Task, num_demos: int, noise: float, seed: int, 
     """
     path = find_human_demos(task) if demos == "auto" else None if demos == "scripted" else Path(demos)
     if path is None:
-        from common.demos.demonstrator import load_or_collect
+        from common.demos import load_or_collect
 
         progress.say(f"demonstrations: {num_demos} scripted, action noise {noise}")
         return load_or_collect(task, num_demos, seed=seed, noise=noise), "scripted"

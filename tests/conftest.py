@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from common.demos import demonstrator
+from common.demos import SKILLS, Attempt, Strategy, perform, write_demonstrations
 from common.libero import assets as assets_module
 from common.libero import make_env, tasks
 from common.libero.standins import is_standin
@@ -40,13 +40,13 @@ def demos(drawer_task, tmp_path_factory) -> Path:
     env = make_env(drawer_task)
     env.reset(seed=0)
     (goal,) = drawer_task.goal
-    skill = demonstrator.SKILLS[goal.name]
+    skill = SKILLS[goal.name]
     holds = skill.holds(drawer_task, goal, env.data[0])
     ways = [planned.factors for planned in skill.repertoire(drawer_task, goal, env.data[0], holds)]
     other = next(way for way in ways if way["contact"] != ways[0]["contact"] and way["path"] == ways[0]["path"])
-    strategies = [demonstrator.Strategy("one way", ways[0]), demonstrator.Strategy("another", other)]
-    queue = [demonstrator.Attempt((k, s), strategies[s], [s, k], None) for k in range(13) for s in range(2)][::-1]
-    done = demonstrator.perform(drawer_task, lambda: queue.pop() if queue else None, 0.1, 8)
+    strategies = [Strategy("one way", ways[0]), Strategy("another", other)]
+    queue = [Attempt((k, s), strategies[s], [s, k], None) for k in range(13) for s in range(2)][::-1]
+    done = perform(drawer_task, lambda: queue.pop() if queue else None, 0.1, 8)
     done = sorted(((attempt.key, episode) for attempt, episode in done if episode.success), key=lambda row: row[0])
     chosen = [[episode for (_, way), episode in done if way == s][:10] for s in range(2)]
     for s, episodes in enumerate(chosen):
@@ -54,5 +54,5 @@ def demos(drawer_task, tmp_path_factory) -> Path:
             episode.attrs.update(strategy=strategies[s].name, strategy_index=s, source="scripted")
     chosen = [episode for pair in zip(*chosen, strict=True) for episode in pair]
     path = tmp_path_factory.mktemp("demos") / "drawer.hdf5"
-    demonstrator.write_demonstrations(path, drawer_task, chosen)
+    write_demonstrations(path, drawer_task, chosen)
     return path

@@ -17,8 +17,8 @@ import dlr_discover
 from benchmarks import demonstrator, fidelity, frames, recognition, throughput
 from common import rollout
 from common.cli import UserError
-from common.data.hdf5 import read_episodes
-from common.demos.demonstrator import SKILLS, Strategy, write_demonstrations
+from common.data import read_episodes
+from common.demos import SKILLS, Strategy, write_demonstrations
 from common.libero import make_env
 from common.runs import Progress, save_checkpoint, write_json
 

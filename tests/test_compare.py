@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from benchmarks import compare
 from common import metrics
 from common.cli import UserError
-from common.data.hdf5 import Episode
+from common.data import Episode
 from common.runs import write_json
 
 

@@ -16,8 +16,8 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from common.cli import UserError
-from common.data import hdf5 as data
-from common.data.hdf5 import Episode, Recorder, check_file, read_attrs, read_episodes, write_episodes
+from common.data import PROPRIO, Episode, Recorder, check_file, read_attrs, read_episodes, write_episodes
+from common.data.read import axis_angle_to_quat
 
 NQ, NV = 12, 10
 TASK = SimpleNamespace(
@@ -161,7 +161,7 @@ def test_human_file(path):
 
 
 def test_no_rotation_has_a_quaternion():
-    np.testing.assert_array_equal(data._axis_angle_to_quat(np.zeros((1, 3))), [[0, 0, 0, 1]])
+    np.testing.assert_array_equal(axis_angle_to_quat(np.zeros((1, 3))), [[0, 0, 0, 1]])
 
 
 def test_image_convention(path):
@@ -513,7 +513,7 @@ class FakeEnv:
         return self.state  # its own buffer: the recorder must copy
 
     def proprioception(self):
-        return {name: np.repeat(self.state[:, :1], width, axis=1) for name, width in data.PROPRIO.items()}
+        return {name: np.repeat(self.state[:, :1], width, axis=1) for name, width in PROPRIO.items()}
 
     def step(self):
         self.state[:, 0] += 1
@@ -546,7 +546,7 @@ def test_recorder(tmp_path):
             np.testing.assert_array_equal(one.states[:, 0], range(length))
             np.testing.assert_array_equal(one.states[:, 1:3], [[number, reset]] * length)
             np.testing.assert_array_equal(one.robot_states, np.repeat(one.states[:, :1] + 1, 9, axis=1))
-            for name, width in data.PROPRIO.items():
+            for name, width in PROPRIO.items():
                 np.testing.assert_array_equal(one.proprio[name], np.repeat(one.states[:, :1] + 1, width, axis=1))
             assert list(one.final_state[:3]) == [length, number, reset]
             sent = np.minimum(np.float32((np.arange(length) + reset * length) / 10), 1)

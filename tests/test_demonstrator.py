@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import mujoco
@@ -12,26 +13,30 @@ from gymnasium.vector import AutoresetMode
 from scipy.spatial.transform import Rotation
 
 from common.cli import UserError
-from common.data.hdf5 import read_episodes
-from common.demos import demonstrator, skills
-from common.demos.demonstrator import Args, Demonstrator, Strategy, agenda, collect, load_or_collect
-from common.demos.skills import (
+from common.data import read_episodes
+from common.demos import __main__ as command
+from common.demos import cache, collection, grasps, rehearsal
+from common.demos.__main__ import Args
+from common.demos.articulate import Articulate, joint_motion
+from common.demos.collection import collect, load_or_collect
+from common.demos.demonstrator import SKILLS, Demonstrator, Step, Strategy, agenda, unsettled
+from common.demos.geometry import (
     CELL,
-    DIRECTIONS,
-    PAD_REACH,
-    PATHS,
     UP,
-    PickPlace,
-    detour,
-    find_drop,
-    find_grasps,
-    follow,
-    funnel,
+    columns,
     hand_rotation,
-    joint_motion,
+    inside_solids,
+    nearby_points,
+    rest,
     rotation_vector,
-    slack,
+    surface_points,
+    world_points,
 )
+from common.demos.grasps import PAD_REACH, find_grasps, own_grasps
+from common.demos.motion import CLOSE, DIRECTIONS, PATHS, PlanError, detour, follow, funnel
+from common.demos.pick_place import PickPlace
+from common.demos.places import closed_later, find_drop, slack
+from common.demos.rehearsal import MAX_STRATEGIES, Trials, next_trial
 from common.libero import make_env
 from common.libero.goals import predicate_holds
 from common.libero.tasks import Predicate
@@ -42,14 +47,14 @@ PULL = Strategy("contact middle, path near", {"contact": "middle", "path": "near
 @pytest.fixture
 def pulling(drawer_task, monkeypatch):
     """The drawer task with a repertoire of one strategy, so that nothing has to be rehearsed."""
-    monkeypatch.setitem(demonstrator._strategies, (drawer_task.id, drawer_task.assets), [PULL])
+    monkeypatch.setitem(rehearsal._strategies, (drawer_task.id, drawer_task.assets), [PULL])
     return drawer_task
 
 
 def box(half, centre=(0.0, 0.0, 0.0)):
     """Points on the surface of a box."""
     model = mujoco.MjModel.from_xml_string(f'<mujoco><worldbody><geom type="box" size="{" ".join(map(str, half))}"/></worldbody></mujoco>')
-    return skills.surface_points(model, [0])[0][1] + np.asarray(centre)
+    return surface_points(model, [0])[0][1] + np.asarray(centre)
 
 
 def test_rotation_vector_agrees_with_scipy():
@@ -138,7 +143,7 @@ def test_a_drop_clears_the_walls_around_it(drawer_task):
     cargo, hand = box((0.05, 0.03, 0.02)), box((0.01, 0.01, 0.05), (0.0, 0.0, 0.09))
     grip = hand_rotation(DIRECTIONS["left"], -UP)
     mujoco.mj_kinematics(model, data)
-    with pytest.raises(skills.PlanError):  # closed: the cabinet is above it
+    with pytest.raises(PlanError):  # closed: the cabinet is above it
         find_drop(drawer_task, data, p, cargo, hand, np.eye(3), data.site_xpos[p.site][2], grip)
     data.qpos[model.jnt_qposadr[joint]] = model.jnt_range[joint][0]
     mujoco.mj_kinematics(model, data)
@@ -152,7 +157,7 @@ def test_a_drop_clears_the_walls_around_it(drawer_task):
     others = [g for g in range(model.ngeom) if (model.geom_contype | model.geom_conaffinity)[g]]
     robot, own = model.body_rootid[model.site_bodyid[drawer_task.eef_site]], model.body_rootid[p.body]
     others = np.array([g for g in others if model.body_rootid[model.geom_bodyid[g]] not in (robot, own) and model.geom_aabb[g, 3] > 0])
-    assert not skills.inside_solids(model, data, others, cargo @ turn.T + origin, 0.0)
+    assert not inside_solids(model, data, others, cargo @ turn.T + origin, 0.0)
 
 
 def test_what_the_hand_has_no_room_to_put_down_falls_in(drawer_task):
@@ -164,12 +169,12 @@ def test_what_the_hand_has_no_room_to_put_down_falls_in(drawer_task):
     mujoco.mj_kinematics(model, data)
     cargo, hand, bottom = box((0.03, 0.03, 0.02)), box((0.2, 0.2, 0.01)), 0.02  # wider than the drawer
     held = drawer_task, data, p, cargo, hand, np.eye(3), 0.0, hand_rotation(DIRECTIONS["left"], -UP)
-    with pytest.raises(skills.PlanError):
+    with pytest.raises(PlanError):
         find_drop(*held)
     origin, _ = find_drop(*held, fall=True)
     centre, frame = data.site_xpos[p.site], data.site_xmat[p.site].reshape(3, 3)
     assert slack(p, centre, frame, origin[None])[0] < 0.0
-    under = skills.nearby_points(drawer_task, data, centre, [model.body_rootid[p.body]])
+    under = nearby_points(drawer_task, data, centre, [model.body_rootid[p.body]])
     under = under[(np.abs(under - origin)[:, :2] < 0.03).all(1), 2].max()
     assert slack(p, centre, frame, np.array([[*origin[:2], under + bottom]]))[0] > 0.0
 
@@ -182,7 +187,7 @@ def test_the_names_of_an_objects_own_grasps_do_not_hang_on_how_it_rocks(drawer_t
         w, x, y, z = Rotation.from_rotvec(tilt).as_quat(scalar_first=True)
         data.qpos[bowl.joint_qpos + 3 : bowl.joint_qpos + 7] = w, x, y, z
         mujoco.mj_kinematics(drawer_task.model, data)
-        found.append(skills.own_grasps(drawer_task, data, bowl))
+        found.append(own_grasps(drawer_task, data, bowl))
     common = found[0].keys() & found[1].keys()
     assert len(common) > 5
     for name in common:
@@ -191,11 +196,11 @@ def test_the_names_of_an_objects_own_grasps_do_not_hang_on_how_it_rocks(drawer_t
 
 def test_things_come_to_rest_on_a_height_map():
     rng = np.random.default_rng(0)
-    cells, under = skills.columns(box((0.011, 0.02, 0.015)), CELL)
+    cells, under = columns(box((0.011, 0.02, 0.015)), CELL)
     assert (under == -0.015).all() and len(cells) == len(np.unique(cells, axis=0)) == 7 * 11
     surface, spots = rng.uniform(0.0, 0.1, (40, 40)), rng.integers(10, 30, (20, 2))
     expected = [surface[i - 3 : i + 4, j - 5 : j + 6].max() + 0.015 for i, j in spots]
-    np.testing.assert_array_equal(skills.rest(cells, under, surface, spots), expected)
+    np.testing.assert_array_equal(rest(cells, under, surface, spots), expected)
 
 
 def test_what_is_put_beside_something_tall_comes_straight_down(drawer_task):
@@ -222,14 +227,14 @@ def test_what_goes_in_through_a_door_is_held_far_out_with_the_hand_leaning_in(dr
     (joint,) = drawer_task.sites[into.args[1]].joints
     close = Predicate("close", (into.args[1],), "joint", qpos=(int(model.jnt_qposadr[joint]),))
     closing = dataclasses.replace(drawer_task, goal=[into, close])
-    assert skills.closed_later(drawer_task, into) is None and skills.closed_later(closing, into) == joint
-    monkeypatch.setattr(skills, "openings", lambda *args: [out])
+    assert closed_later(drawer_task, into) is None and closed_later(closing, into) == joint
+    monkeypatch.setattr(grasps, "openings", lambda *args: [out])
     usual = set(PickPlace.holds(drawer_task, into, data))
     assert set(PickPlace.holds(closing, into, data)) == usual and "left" in usual
-    monkeypatch.setattr(skills.mujoco.mjtJoint, "mjJNT_HINGE", model.jnt_type[joint])
+    monkeypatch.setattr(mujoco.mjtJoint, "mjJNT_HINGE", model.jnt_type[joint])
     found = PickPlace.holds(closing, into, data)
     assert list(found) == ["inward", "inward flipped"]
-    points = skills.world_points(data, skills.surface_points(model, drawer_task.objects[into.args[0]].geoms))
+    points = world_points(data, surface_points(model, drawer_task.objects[into.args[0]].geoms))
     for g in found.values():
         np.testing.assert_allclose(g.rotation[:, 2], -np.sqrt(0.5) * (out + UP), atol=1e-12)
         assert (points @ out < g.position @ out).mean() > 0.8 and abs(g.rotation[0, 0]) < 1e-9
@@ -253,10 +258,10 @@ def test_a_thing_at_the_top_of_its_flight_is_not_at_rest(drawer_task):
     env = make_env(drawer_task, 1, settle_steps=40)
     env.reset(options={"init_state": 0})
     data, bowl = env.data[0], drawer_task.objects["akita_black_bowl_1"]
-    assert not demonstrator.unsettled(drawer_task, data)
+    assert not unsettled(drawer_task, data)
     data.qpos[bowl.joint_qpos + 2] += 0.1
     mujoco.mj_fwdPosition(drawer_task.model, data)
-    assert demonstrator.unsettled(drawer_task, data)
+    assert unsettled(drawer_task, data)
 
 
 def test_joint_motion_is_the_derivative_of_the_pose(drawer_task):
@@ -314,7 +319,7 @@ def test_a_stretched_arm_is_drawn_in_and_not_turned(pulling):
     data.qpos[pulling.arm_qpos] = pulling.initial_joints
     mujoco.mj_kinematics(pulling.model, data)
     attempt, flow, twist = Demonstrator(pulling, PULL), np.array([0.1, 0.0, 0.02]), np.array([0.0, 0.5, 0.0])
-    attempt.steps = [demonstrator.Step(pulling.goal[0], SimpleNamespace(far_out=True))]
+    attempt.steps = [Step(pulling.goal[0], SimpleNamespace(far_out=True))]
     same = attempt._within_reach(flow, twist, data)
     assert same[0] is flow and same[1] is twist
     data.qpos[pulling.arm_qpos[1]], data.qpos[pulling.arm_qpos[3]] = 1.3, -0.1
@@ -335,7 +340,7 @@ def test_a_stretched_arm_is_drawn_in_and_not_turned(pulling):
 def test_a_hand_that_turns_in_place_is_not_stuck(pulling, monkeypatch, speed):
     data, attempt = mujoco.MjData(pulling.model), Demonstrator(pulling, PULL, 0.0)
     data.qpos[pulling.arm_qpos] = pulling.initial_joints
-    monkeypatch.setattr(attempt, "_command", lambda data, hand: (np.zeros(3), hand.rotation, skills.CLOSE))
+    monkeypatch.setattr(attempt, "_command", lambda data, hand: (np.zeros(3), hand.rotation, CLOSE))
     for _ in range(30):
         data.qpos[pulling.arm_qpos[6]] += speed  # the last joint of the wrist (rad)
         mujoco.mj_kinematics(pulling.model, data)
@@ -350,7 +355,7 @@ def test_a_way_that_does_not_exist_fails_and_is_reported(pulling, monkeypatch):
     attempt = Demonstrator(pulling, wrong)
     attempt.act(env.data[0])
     assert attempt.failed
-    monkeypatch.setitem(demonstrator._strategies, (pulling.id, pulling.assets), [wrong])
+    monkeypatch.setitem(rehearsal._strategies, (pulling.id, pulling.assets), [wrong])
     with pytest.raises(UserError, match="'wrong' succeeded 0 times"):
         collect(pulling, 2, progress=False)
 
@@ -358,7 +363,7 @@ def test_a_way_that_does_not_exist_fails_and_is_reported(pulling, monkeypatch):
 def test_collected_sets_are_kept_and_a_damaged_one_is_made_again(pulling, monkeypatch, tmp_path):
     monkeypatch.setenv("RL_DATA_ENGINE_CACHE", str(tmp_path))
     first = load_or_collect(pulling, 1, progress=False)
-    monkeypatch.setattr(demonstrator, "collect", lambda *a, **k: pytest.fail("not taken from the cache"))
+    monkeypatch.setattr(collection, "collect", lambda *a, **k: pytest.fail("not taken from the cache"))
     kept = load_or_collect(pulling, 1, progress=False)
     np.testing.assert_array_equal(kept[0].actions, first[0].actions)
     assert kept[0].attrs["strategy"] == PULL.name
@@ -366,16 +371,28 @@ def test_collected_sets_are_kept_and_a_damaged_one_is_made_again(pulling, monkey
     file.write_bytes(file.read_bytes()[:1000])
     monkeypatch.undo()
     monkeypatch.setenv("RL_DATA_ENGINE_CACHE", str(tmp_path))
-    monkeypatch.setitem(demonstrator._strategies, (pulling.id, pulling.assets), [PULL])
+    monkeypatch.setitem(rehearsal._strategies, (pulling.id, pulling.assets), [PULL])
     np.testing.assert_array_equal(load_or_collect(pulling, 1, progress=False)[0].actions, first[0].actions)
+
+
+def test_what_is_kept_is_kept_for_this_code_alone(pulling, monkeypatch):
+    """Any file of the demonstrator or the simulator may change what it does."""
+    folder, before, original = Path(cache.__file__).parents[1], cache.cache_file(pulling, "episodes", "hdf5", 8), Path.read_bytes
+    for changed in ("demos/articulate.py", "libero/step.py", "libero/env.py", "libero/goals.py", "libero/build.py"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", lambda path, c=changed: original(path) + b"#" * (path == folder / c))
+            cache._source.cache_clear()
+            assert cache.cache_file(pulling, "episodes", "hdf5", 8) != before
+    cache._source.cache_clear()
+    assert cache.cache_file(pulling, "episodes", "hdf5", 8) == before
 
 
 @pytest.mark.parametrize("outcomes, passed", [("1111", True), ("110111", True), ("0111011", False), ("00", False), ("011111", True)])
 def test_a_rehearsal_ends_as_soon_as_its_outcome_is_known(outcomes, passed):
-    trials = {"way": demonstrator.Trials(PULL)}
+    trials = {"way": Trials(PULL)}
     under_way = []
     for outcome in outcomes:
-        while (attempt := demonstrator.next_trial(trials)) is not None:
+        while (attempt := next_trial(trials)) is not None:
             under_way.append(attempt)
         assert 1 <= len(under_way) <= 2 and not trials["way"].passed()
         assert [a.seed[0] for a in under_way] == list(range(len(trials["way"].outcomes), trials["way"].begun))
@@ -383,12 +400,12 @@ def test_a_rehearsal_ends_as_soon_as_its_outcome_is_known(outcomes, passed):
         if trials["way"].outcomes.count(False) > 1:
             break
     assert trials["way"].passed() == passed and trials["way"].missing() == 0
-    assert demonstrator.next_trial(trials) is None
+    assert next_trial(trials) is None
 
 
 @pytest.mark.parametrize("outcomes, shorter", [("111100", True), ("0111110", True), ("110110", False), ("1100", False)])
 def test_a_long_rehearsal_holds_a_short_one(outcomes, shorter):
-    trials = demonstrator.Trials(PULL, (8, 12), outcomes=[outcome == "1" for outcome in outcomes])
+    trials = Trials(PULL, (8, 12), outcomes=[outcome == "1" for outcome in outcomes])
     assert not trials.passed() and trials.missing() == 0 and trials.passed((4, 6)) == shorter
 
 
@@ -402,13 +419,13 @@ def test_what_takes_long_counts_where_nothing_else_works(drawer_task, monkeypatc
             contacts.add(attempt.strategy.factors["contact"])
             yield attempt, SimpleNamespace(success=attempt.strategy.factors["contact"] == "middle" and needed <= max_steps)
 
-    monkeypatch.setattr(demonstrator, "perform", perform)
+    monkeypatch.setattr(rehearsal, "perform", perform)
     assert drawer_task.max_steps == 300
     if needed > 300:
         with pytest.raises(UserError, match="finds no way that works"):
-            demonstrator._rehearse(drawer_task)
+            rehearsal.rehearse(drawer_task)
     else:
-        assert {f["contact"] for f in demonstrator._rehearse(drawer_task)} == {"middle"}
+        assert {f["contact"] for f in rehearsal.rehearse(drawer_task)} == {"middle"}
     assert len(contacts) > 1
 
 
@@ -420,12 +437,12 @@ def test_what_works_mostly_counts_where_nothing_passes(drawer_task, monkeypatch,
         while (attempt := next_attempt()) is not None:
             yield attempt, SimpleNamespace(success=attempt.seed[0] not in hard)
 
-    monkeypatch.setattr(demonstrator, "perform", perform)
+    monkeypatch.setattr(rehearsal, "perform", perform)
     if works:  # four of six
-        assert len(demonstrator._rehearse(drawer_task)) == demonstrator.MAX_STRATEGIES
+        assert len(rehearsal.rehearse(drawer_task)) == MAX_STRATEGIES
     else:  # two of four
         with pytest.raises(UserError, match="finds no way that works"):
-            demonstrator._rehearse(drawer_task)
+            rehearsal.rehearse(drawer_task)
 
 
 def test_rehearsal_of_several_steps_finds_the_choice_that_is_to_blame(drawer_task, monkeypatch):
@@ -435,8 +452,8 @@ def test_rehearsal_of_several_steps_finds_the_choice_that_is_to_blame(drawer_tas
     data.qpos[:] = task.init_states[0, 1 : 1 + model.nq]
     mujoco.mj_forward(model, data)
     steps = agenda(task, data)
-    holds = [skills.SKILLS[p.name].holds(task, p, data) for p in steps]
-    bad = [skills.Articulate.order(holds[0])[:1], PickPlace.order(holds[1])[:2]]
+    holds = [SKILLS[p.name].holds(task, p, data) for p in steps]
+    bad = [Articulate.order(holds[0])[:1], PickPlace.order(holds[1])[:2]]
     made = []
 
     def perform(task, next_attempt, *args):
@@ -447,9 +464,9 @@ def test_rehearsal_of_several_steps_finds_the_choice_that_is_to_blame(drawer_tas
             attempt.stage = wrong.index(True) if any(wrong) else 1
             yield attempt, SimpleNamespace(success=not any(wrong))
 
-    monkeypatch.setattr(demonstrator, "perform", perform)
-    found = demonstrator._rehearse_steps(task, steps, data)
-    assert len(found) == demonstrator.MAX_STRATEGIES == len({tuple(f.items()) for f in found})
+    monkeypatch.setattr(rehearsal, "perform", perform)
+    found = rehearsal._rehearse_steps(task, steps, data)
+    assert len(found) == MAX_STRATEGIES == len({tuple(f.items()) for f in found})
     assert not any(f["step 1 contact"] in bad[0] or f["step 2 grasp"] in bad[1] for f in found)
     assert {f["step 2 grasp"] for f in found} == set(PickPlace.order(holds[1])) - set(bad[1])
     assert len(made) < 160
@@ -457,18 +474,18 @@ def test_rehearsal_of_several_steps_finds_the_choice_that_is_to_blame(drawer_tas
     def fail(task, next_attempt, *args):
         return ((attempt, SimpleNamespace(success=False)) for attempt in iter(next_attempt, None))
 
-    monkeypatch.setattr(demonstrator, "perform", fail)
+    monkeypatch.setattr(rehearsal, "perform", fail)
     with pytest.raises(UserError, match="most attempts end at open"):
-        demonstrator._rehearse_steps(task, steps, data)
+        rehearsal._rehearse_steps(task, steps, data)
 
 
 def test_a_data_set_goes_on_where_it_was(pulling, assets, monkeypatch, tmp_path):
     args, path = Args(out=tmp_path, task="libero_goal/0", episodes=2, noise=0.05, assets=assets), tmp_path / "drawer_demo.hdf5"
-    lines = demonstrator._demonstrate(args.task, path, args, False)
+    lines = command._demonstrate(args.task, path, args, False)
     assert len(lines) == 1 and lines[0].startswith(f"{PULL.name}: 2 episodes of ")
-    monkeypatch.setattr(demonstrator, "collect", lambda *a, **k: pytest.fail("made again"))
-    assert demonstrator._demonstrate(args.task, path, args, False) == lines
+    monkeypatch.setattr(command, "collect", lambda *a, **k: pytest.fail("made again"))
+    assert command._demonstrate(args.task, path, args, False) == lines
     calls = []
-    monkeypatch.setattr(demonstrator, "collect", lambda *a, **k: calls.append(a) or read_episodes(path, pulling))
-    demonstrator._demonstrate(args.task, path, dataclasses.replace(args, seed=1), False)  # made in another way
+    monkeypatch.setattr(command, "collect", lambda *a, **k: calls.append(a) or read_episodes(path, pulling))
+    command._demonstrate(args.task, path, dataclasses.replace(args, seed=1), False)  # made in another way
     assert len(calls) == 1

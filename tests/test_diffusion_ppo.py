@@ -15,7 +15,7 @@ from torch.distributions import Independent, MultivariateNormal, Normal, kl_dive
 import diffusion_ppo
 import gaussian_ppo
 from common import rollout
-from common.data.hdf5 import Episode
+from common.data import Episode
 from common.libero import make_env
 from common.networks import Normalizer
 from common.runs import load_checkpoint, save_checkpoint

@@ -26,8 +26,8 @@ from torch.distributions import Categorical, Laplace, MultivariateNormal, Normal
 import dlr_discover
 from common import metrics
 from common.cli import UserError, run_command
-from common.data.hdf5 import Episode, check_file, read_attrs, read_episodes
-from common.demos import demonstrator
+from common.data import Episode, check_file, read_attrs, read_episodes
+from common.demos import write_demonstrations
 from common.networks import Normalizer
 from common.runs import load_checkpoint, save_checkpoint, versions, write_json
 from dlr_discover import Agent, Args, Curriculum, PatternEncoder, Reinforce, StateDecoder, elbo, gae, gaussian_kl
@@ -919,7 +919,7 @@ def test_wrong_demonstrations(refused_drawer, tmp_path, damage, message, pattern
 
 def test_auto_needs_a_few_demonstrations(refused_drawer, tmp_path, drawer_task):
     few = read_episodes(tmp_path / "demos.hdf5")[:3]
-    demonstrator.write_demonstrations(tmp_path / "demos.hdf5", drawer_task, few)
+    write_demonstrations(tmp_path / "demos.hdf5", drawer_task, few)
     assert "--num-patterns auto needs at least 4 demonstrations, but there are 3" in refused_drawer("--num-patterns", "auto")
 
 

@@ -21,7 +21,7 @@ import dlr_discover
 import gaussian_ppo
 from common import rollout
 from common.cli import UserError, run_command
-from common.data.hdf5 import check_file, read_attrs, read_episodes
+from common.data import check_file, read_attrs, read_episodes
 from common.libero import make_env
 from common.networks import Normalizer
 from common.runs import load_checkpoint, save_checkpoint, versions, write_json

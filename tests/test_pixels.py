@@ -19,7 +19,7 @@ import dlr_discover
 import gaussian_ppo
 from common import rollout
 from common.cli import UserError
-from common.data.hdf5 import read_episodes, write_episodes
+from common.data import read_episodes, write_episodes
 from common.libero import make_env
 from common.libero.render import make_renderer
 from common.networks import compiled, make_obs_encoder

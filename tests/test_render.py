@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from common.cli import UserError
-from common.data.hdf5 import check_file, read_episodes, write_episodes
+from common.data import check_file, read_episodes, write_episodes
 from common.libero import render
 
 # A camera 2 m above a textured floor, looking straight down, up in the picture = +y, 90 degrees: it sees 4 m x 4 m of the floor.

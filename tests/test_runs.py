@@ -21,7 +21,7 @@ from gymnasium.vector import AutoresetMode
 
 from common import rollout, runs
 from common.cli import UserError, atomic_path, run_command
-from common.data.hdf5 import check_file, image_names, read_attrs
+from common.data import check_file, image_names, read_attrs
 from common.libero import make_env
 from common.runs import Progress, load_checkpoint, make_run, resumed_args, rng_state, save_checkpoint, set_rng_state, versions, write_json
 

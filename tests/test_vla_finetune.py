@@ -13,9 +13,9 @@ import torch
 
 import vla_finetune
 from common.cli import UserError
+from common.data import read_episodes
 from common.data import vla as vla_data
-from common.data.hdf5 import read_episodes
-from common.demos import demonstrator
+from common.demos import SKILLS, Attempt, Strategy, perform
 from common.libero import make_env, tasks
 from common.libero.render import available, make_renderer
 from common.libero.step import NO_OP
@@ -32,10 +32,10 @@ def official(drawer_task) -> dict[int, object]:
     env = make_env(drawer_task)
     env.reset(seed=0)
     (goal,) = drawer_task.goal
-    skill = demonstrator.SKILLS[goal.name]
+    skill = SKILLS[goal.name]
     way = skill.repertoire(drawer_task, goal, env.data[0], skill.holds(drawer_task, goal, env.data[0]))[0].factors
-    queue = [demonstrator.Attempt(i, demonstrator.Strategy("a way", way), [0, i], i) for i in (2, 0)]
-    done = demonstrator.perform(drawer_task, lambda: queue.pop() if queue else None, 0.05, 2)
+    queue = [Attempt(i, Strategy("a way", way), [0, i], i) for i in (2, 0)]
+    done = perform(drawer_task, lambda: queue.pop() if queue else None, 0.05, 2)
     found = {attempt.key: episode for attempt, episode in done if episode.success}
     assert found
     return found

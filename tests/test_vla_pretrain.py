@@ -19,8 +19,8 @@ import torch
 
 import vla_pretrain
 from common.cli import UserError
+from common.data import read_episodes, write_episodes
 from common.data import vla as vla_data
-from common.data.hdf5 import read_episodes, write_episodes
 from common.data.vla import Chunks, Order, read_corpora
 from common.libero.render import add_images, make_renderer
 from common.runs import load_checkpoint

@@ -18,8 +18,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from common.cli import UserError
-from common.data.hdf5 import PROPRIO as STORED
-from common.data.hdf5 import read_attrs, require_sound
+from common.data.check import require_sound
+from common.data.layout import PROPRIO as STORED
+from common.data.read import read_attrs
 from common.suites import resolve, task_names
 
 CAMERAS = {"agentview_rgb": "agentview", "eye_in_hand_rgb": "robot0_eye_in_hand"}  # as files and as models call them

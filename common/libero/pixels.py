@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from gymnasium.vector import VectorEnv, VectorWrapper
 
-from common.data.hdf5 import PROPRIO as STORED
+from common.data import PROPRIO as STORED
 from common.libero.observation import proprioception
 from common.libero.render import make_renderer
 from common.libero.tasks import Task

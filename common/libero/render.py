@@ -29,7 +29,7 @@ import numpy as np
 import tyro
 
 from common.cli import UserError, atomic_path, cache_dir, run_command
-from common.data.hdf5 import Episode, image_names, read_attrs, replace_images, require_sound
+from common.data import Episode, image_names, read_attrs, replace_images, require_sound
 from common.libero.tasks import Task, load_task
 
 if TYPE_CHECKING:  # torch, Warp and MuJoCo Warp are imported late
