@@ -27,11 +27,13 @@ from common import rollout
 from common.cli import UserError, run_command
 from common.data import vla as vla_data
 from common.data.vla import ACTION_SIZE, CAMERAS, PROPRIO, Chunks, Order
-from common.libero import Task, load_task, make_env, render
+from common.libero import Task, load_task, make_env
+from common.libero.renderers import RENDERERS, Renderer, available, make_renderer
 from common.libero.step import NO_OP
 from common.metrics import wilson_interval
 from common.runs import Progress, make_run, resumed_args, versions, write_json
 from common.suites import resolve, task_names
+from common.video import write_video
 from vla_pretrain import VLA, Training, distributed, find_device, load_model, rank, shared_folder, train
 from vla_pretrain import validate as validate_training
 
@@ -100,8 +102,8 @@ def validate(args: Args) -> None:
         raise UserError(f"--trials must be at most 50, the number of official init states, not {args.trials}")
     if args.videos < 0 or not 0 < args.epochs < 1000:
         raise UserError("--videos must be at least 0, --epochs more than 0")
-    if args.renderer not in (None, *render.RENDERERS):
-        raise UserError(f"--renderer must be {' or '.join(render.RENDERERS)}, not {args.renderer}")
+    if args.renderer not in (None, *RENDERERS):
+        raise UserError(f"--renderer must be {' or '.join(RENDERERS)}, not {args.renderer}")
     if args.eval_only and not args.checkpoint:
         raise UserError("--eval-only needs the --checkpoint to evaluate")
     if args.eval_only and args.data:
@@ -196,7 +198,7 @@ class ModelPolicy:
 
 
 def evaluate(
-    task: Task, policy: Policy, camera: render.Renderer, trials: int, num_envs: int, replan: int, tick: Callable[[Trial], None], **simulator
+    task: Task, policy: Policy, camera: Renderer, trials: int, num_envs: int, replan: int, tick: Callable[[Trial], None], **simulator
 ) -> list[Trial]:
     """LIBERO's published protocol: trial i starts from official init state i, after 10 no-ops; 20 Hz; the suite's step cap.
 
@@ -261,10 +263,10 @@ def make_videos(run: Path, task: Task, trials: list[Trial], count: int, renderer
     """RUN/videos: the first `count` successes and failures, seen by agentview."""
     chosen = [t for outcome in (True, False) for t in [t for t in trials if t.success == outcome][:count]]
     if chosen:
-        camera = render.make_renderer(task.model, ("agentview",), 256, 256, renderer)
+        camera = make_renderer(task.model, ("agentview",), 256, 256, renderer)
     for t in chosen:
         name = f"{task.id.replace('/', '-')}__{'success' if t.success else 'failure'}_{t.init_state}.mp4"
-        render.write_video(run / "videos" / name, camera.render(t.qpos)["agentview"])
+        write_video(run / "videos" / name, camera.render(t.qpos)["agentview"])
 
 
 def evaluate_tasks(args: Args, model: VLA, meta: dict, tasks: list[str], run: Path, results: dict, progress: Progress) -> None:
@@ -278,7 +280,7 @@ def evaluate_tasks(args: Args, model: VLA, meta: dict, tasks: list[str], run: Pa
         check_match(meta, task, renderer, args.allow_mismatch, progress.say)
         size = model.config["image_size"]
         simulator = {"backend": args.backend, "device": model.device.type}
-        camera = render.make_renderer(task.model, tuple(CAMERAS.values()), size, size, renderer, device=model.device.type)
+        camera = make_renderer(task.model, tuple(CAMERAS.values()), size, size, renderer, device=model.device.type)
         progress.stage(f"evaluate {number}/{len(tasks)}", args.trials)
         outcomes: list[bool] = []
 
@@ -333,10 +335,10 @@ def main() -> None:
     tasks = expand(args.tasks or meta["tasks"])
     first = load_task(tasks[0], args.assets)  # what is missing is found now
     check_match(meta, first, args.renderer or meta["renderer"], args.allow_mismatch, lambda line: None)
-    render.make_renderer(first.model, tuple(CAMERAS.values()), 16, 16, args.renderer or meta["renderer"], device=device.type)
+    make_renderer(first.model, tuple(CAMERAS.values()), 16, 16, args.renderer or meta["renderer"], device=device.type)
     if args.backend == "warp":
         make_env(first, min(args.num_envs, args.trials), backend="warp", device=device.type).close()
-    if args.videos and not (possible := render.available(args.renderer or meta["renderer"]))[0]:
+    if args.videos and not (possible := available(args.renderer or meta["renderer"]))[0]:
         raise UserError(f"no videos: {possible[1]}; or pass --videos 0")
     model.to(device)
     with distributed(device):

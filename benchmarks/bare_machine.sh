@@ -43,7 +43,7 @@ du -sh "$work/venv" | sed 's/^/== /'
 quick_job= quick_tests=
 if [ "${QUICK:-0}" = 1 ]; then
     quick_job=' --total-steps 8192 --eval-episodes 3 --corpus-episodes 1'
-    quick_tests=' tests/test_standins.py tests/test_render.py'
+    quick_tests=' tests/test_standins.py tests/test_render.py tests/test_images.py tests/test_video.py'
 fi
 step job "$install && python dlr_discover.py --num-patterns 8$quick_job"
 step tests "$install && pytest$quick_tests"

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from common.cli import UserError, atomic_path, run_command
 from common.data import read_attrs, read_episodes
 from common.libero import load_task
-from common.libero.render import make_renderer
+from common.libero.renderers import make_renderer
 from common.runs import Progress
 
 

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 
 from common.cli import UserError, atomic_path, run_command
 from common.libero import load_task, make_env
-from common.libero.render import available, make_renderer
+from common.libero.renderers import available, make_renderer
 
 NAMES = {"warp": "ray tracer", "gl": "MuJoCo's OpenGL"}
 

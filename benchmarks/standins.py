@@ -21,7 +21,8 @@ from benchmarks.demonstrator import suite_tasks
 from common.cli import UserError, run_command
 from common.libero import load_task, make_env
 from common.libero.assets import find_assets
-from common.libero.standins import fixtures, is_standin, small_objects, standin_assets
+from common.libero.standin_things import fixtures, small_objects
+from common.libero.standins import is_standin, standin_assets
 from common.libero.step import NO_OP
 from common.suites import SUITES, resolve
 

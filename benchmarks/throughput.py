@@ -48,7 +48,7 @@ from common.cli import UserError, run_command, usable_cores
 from common.libero import Task, load_task, make_env
 from common.libero.assets import find_assets
 from common.libero.original import libero_env
-from common.libero.render import CAMERAS, make_renderer
+from common.libero.renderers import CAMERAS, make_renderer
 from common.libero.step import SUBSTEPS
 from common.runs import Progress, versions, write_json
 from common.suites import resolve
@@ -133,7 +133,7 @@ def find_gl() -> tuple[str | None, str]:
     """The first GL backend that works, tried in processes of their own, and why there is none."""
     reason = ""
     for gl in [os.environ["MUJOCO_GL"]] if "MUJOCO_GL" in os.environ else ["egl", "osmesa"]:
-        code = "from common.libero import render; print(render.available('gl')[1])"
+        code = "from common.libero import renderers; print(renderers.available('gl')[1])"
         found = subprocess.run([sys.executable, "-c", code], env={**os.environ, "MUJOCO_GL": gl}, capture_output=True, text=True)
         if found.returncode == 0 and not found.stdout.strip():
             return gl, ""

@@ -18,8 +18,11 @@ from common.libero.env import LiberoVectorEnv
 from common.libero.make import choose_backend
 from common.libero.observation import StateObservation, observe_states
 from common.libero.pixels import PixelEnv
+from common.libero.render import add_images
+from common.libero.renderers import available, make_renderer
 from common.libero.tasks import find_human_demos
 from common.runs import Progress, choose_device, versions
+from common.video import write_video
 
 # Observations (as the environment returns them), patterns (N,) -> actions (N, 7). A policy that remembers (that is amid a chunk of
 # actions) also has `begin(envs)`, which is called as new episodes begin in the environments `envs` (n,).
@@ -202,9 +205,7 @@ def write_corpus(
     attrs |= {f"version_{name.replace('-', '_')}": value for name, value in versions().items()}
     write_episodes(run / "corpus.hdf5", corpus, task, attrs)
     if image_size:
-        from common.libero import render
-
-        render.add_images(run / "corpus.hdf5", image_size, assets=assets, progress=progress)
+        add_images(run / "corpus.hdf5", image_size, assets=assets, progress=progress)
 
 
 def trajectory_observations(task: Task, episode: Episode) -> np.ndarray:
@@ -235,9 +236,7 @@ def find_renderer(obs: str, videos: bool, corpus_images: int, progress: Progress
     """
     possible = False
     if videos or corpus_images:
-        from common.libero import render
-
-        possible, reason = render.available()
+        possible, reason = available()
         if not possible and corpus_images:
             raise UserError(f"--corpus-images: {reason}")
         if not possible:
@@ -247,12 +246,10 @@ def find_renderer(obs: str, videos: bool, corpus_images: int, progress: Progress
 
 def make_videos(run: Path, task: Task, corpus: list[Episode], renderer: str, progress: Progress) -> None:
     """RUN/videos/pattern_K.mp4: the first successful trajectory of each pattern, seen by agentview."""
-    from common.libero import render
-
     chosen = {e.attrs["pattern"]: e for e in reversed(corpus)}
     progress.stage("videos", len(chosen))
-    camera = render.make_renderer(task.model, cameras=("agentview",), width=256, height=256, renderer=renderer)
+    camera = make_renderer(task.model, cameras=("agentview",), width=256, height=256, renderer=renderer)
     for pattern, episode in sorted(chosen.items()):
         frames = camera.render(episode.states[:, 1 : 1 + task.model.nq])["agentview"]
-        render.write_video(run / "videos" / f"pattern_{pattern}.mp4", frames)
+        write_video(run / "videos" / f"pattern_{pattern}.mp4", frames)
         progress.update(1)

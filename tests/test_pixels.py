@@ -21,7 +21,7 @@ from common import rollout
 from common.cli import UserError
 from common.data import read_episodes, write_episodes
 from common.libero import make_env
-from common.libero.render import make_renderer
+from common.libero.renderers import make_renderer
 from common.networks import compiled, make_obs_encoder
 from common.runs import Progress, load_checkpoint, save_checkpoint
 from common.tensors import TensorDict, join, obs_buffer, to_tensor

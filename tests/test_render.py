@@ -1,20 +1,15 @@
-"""common/libero/render.py on a tiny scene: colours against OpenGL's lighting equation by hand, orientation, batches, videos, error lines.
-At the end on a LIBERO task: pictures into a file of demonstrations."""
+"""common/libero/renderers.py on a tiny scene: colours against OpenGL's lighting equation by hand, orientation, batches, error lines."""
 
-import dataclasses
-import json
 import os
 import subprocess
 import sys
 
-import h5py
 import mujoco
 import numpy as np
 import pytest
 
 from common.cli import UserError
-from common.data import check_file, read_episodes, write_episodes
-from common.libero import render
+from common.libero import renderers
 
 # A camera 2 m above a textured floor, looking straight down, up in the picture = +y, 90 degrees: it sees 4 m x 4 m of the floor.
 # The headlight gives ambient 0.25 and diffuse 0.5 along the view; no other light. A collision box (group 0) would hide it all.
@@ -55,7 +50,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def pictures(model):
-    return render.make_renderer(model, ("top", "front"), 128, 128).render(np.zeros((1, 3)))
+    return renderers.make_renderer(model, ("top", "front"), 128, 128).render(np.zeros((1, 3)))
 
 
 def at(picture, x, y, height=0.0):
@@ -91,7 +86,7 @@ def test_upright(pictures):
 
 
 def test_states_move_things_and_batches_equal_singles(model):
-    renderer = render.make_renderer(model, ("top", "front"), 64, 48)
+    renderer = renderers.make_renderer(model, ("top", "front"), 64, 48)
     qpos = np.array([[0, 0, 0], [-0.5, 0.3, 0], [0.2, 0.1, 0.4], [0.4, 0, -0.3], [-1, 0.5, 0.1]], float)
     together = renderer.render(qpos)
     for name, pictures in together.items():
@@ -109,7 +104,7 @@ def test_states_move_things_and_batches_equal_singles(model):
 
 def test_threads_make_no_difference(model):
     qpos = np.random.default_rng(0).uniform(-0.3, 0.3, (3, 3))
-    one, three = (render.make_renderer(model, ("top",), 50, 50, threads=n).render(qpos)["top"] for n in (1, 3))
+    one, three = (renderers.make_renderer(model, ("top",), 50, 50, threads=n).render(qpos)["top"] for n in (1, 3))
     assert np.array_equal(one, three)
 
 
@@ -128,7 +123,7 @@ def test_cube_texture_and_transparency():
         <geom type="box" size=".3 .3 .3" pos=".6 0 0" rgba="1 1 1 .25" group="1"/>
       </worldbody>
     </mujoco>""")
-    renderer = render.make_renderer(model, ("top",), 128, 128)
+    renderer = renderers.make_renderer(model, ("top",), 128, 128)
     picture = renderer.render(np.zeros((1, 0)))["top"][0]
     assert np.abs(picture[2, 2].astype(int) - [0, 51, 102]).max() <= 1  # the sky
     # alpha 0.25 over the sky; a cube's inner and lower sides are back faces, culled
@@ -141,55 +136,22 @@ def test_cube_texture_and_transparency():
         assert np.abs(pixel - side[int(v * 32), int(u * 32)].astype(int)).max() <= 12  # filtered
 
 
-def test_video_round_trip(tmp_path):
-    import imageio_ffmpeg
-
-    frames = np.zeros((30, 64, 96, 3), np.uint8)
-    frames[:, :32] = [200, 30, 30]  # the upper half
-    frames[15:, 32:] = [30, 30, 200]
-    path = tmp_path / "videos" / "a.mp4"
-    render.write_video(path, frames, fps=20)
-    assert os.listdir(path.parent) == ["a.mp4"]
-    reader = imageio_ffmpeg.read_frames(str(path))
-    info = next(reader)
-    back = np.array([np.frombuffer(f, np.uint8).reshape(64, 96, 3) for f in reader]).astype(int)
-    assert info["fps"] == 20 and tuple(info["size"]) == (96, 64) and len(back) == 30
-    assert np.abs(back[:, 16, 48] - [200, 30, 30]).max() < 15 and np.abs(back[20, 48, 48] - [30, 30, 200]).max() < 15
-    with pytest.raises(ValueError, match="even"):
-        render.write_video(path, frames[:, :63])
-
-
-def test_failed_video_leaves_nothing(tmp_path):
-    """ffmpeg writes what it can to a full disk, and says so: the earlier file must stay."""
-    path = tmp_path / "a.mp4"
-    path.write_text("earlier")
-    limit = (
-        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))"
-    )
-    code = f"{limit}; import numpy as np; from common.libero import render; from common.cli import run_command; " + (
-        f"run_command(lambda: render.write_video({str(path)!r}, np.random.default_rng(0).integers(0, 255, (20, 128, 128, 3), np.uint8)))"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
-    assert path.read_text() == "earlier" and os.listdir(tmp_path) == ["a.mp4"]
-
-
 def test_error_lines(model):
     with pytest.raises(UserError, match="no camera 'side' in this model; choose from top, front"):
-        render.make_renderer(model, ("side",))
+        renderers.make_renderer(model, ("side",))
     with pytest.raises(UserError, match="no renderer 'vulkan'; choose from warp, gl"):
-        render.make_renderer(model, ("top",), renderer="vulkan")
+        renderers.make_renderer(model, ("top",), renderer="vulkan")
     with pytest.raises(UserError, match="choose 1 to 4096"):
-        render.make_renderer(model, ("top",), width=0)
+        renderers.make_renderer(model, ("top",), width=0)
     with pytest.raises(ValueError, match=r"not \(B, 3\)"):
-        render.make_renderer(model, ("top",)).render(np.zeros(3))
-    assert render.available() == (True, "")
-    assert render.available("vulkan") == (False, "no renderer 'vulkan'; choose from warp, gl")
+        renderers.make_renderer(model, ("top",)).render(np.zeros(3))
+    assert renderers.available() == (True, "")
+    assert renderers.available("vulkan") == (False, "no renderer 'vulkan'; choose from warp, gl")
 
 
 def test_unwritable_cache_and_quiet_start(tmp_path):
     """In a process of its own: nothing is printed at the start, kernels go to our cache folder, an unwritable one is one line."""
-    code = "from common.libero import render; print(render.available())"
+    code = "from common.libero import renderers; print(renderers.available())"
     path = {**os.environ, "PYTHONPATH": os.getcwd()}
 
     def run(cache):
@@ -205,112 +167,14 @@ def test_unwritable_cache_and_quiet_start(tmp_path):
 
 
 def gl_available():
-    return subprocess.run([sys.executable, "-c", "from common.libero import render; exit(not render.available('gl')[0])"]).returncode == 0
+    code = "from common.libero import renderers; exit(not renderers.available('gl')[0])"
+    return subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.skipif("MUJOCO_GL" not in os.environ or not gl_available(), reason="needs a GL library and MUJOCO_GL=egl or osmesa")
 def test_agrees_with_gl(model):
     qpos = np.array([[0, 0, 0], [0.3, 0.2, -0.2]], float)
-    ours, theirs = (render.make_renderer(model, ("top", "front"), 128, 128, renderer=name).render(qpos) for name in render.RENDERERS)
+    ours, theirs = (renderers.make_renderer(model, ("top", "front"), 128, 128, renderer=name).render(qpos) for name in renderers.RENDERERS)
     for name in ours:
         difference = np.abs(ours[name].astype(int) - theirs[name])
         assert np.median(difference) <= 1 and difference.mean() < 3  # edges differ: OpenGL smooths them
-
-
-@pytest.fixture(scope="module")
-def ends(drawer_task, demos):
-    """The last steps of two demonstrations, in which the drawer moves; the second without the state after its last action."""
-    short = []
-    for episode, n in zip(read_episodes(demos, drawer_task)[:2], (5, 3), strict=True):
-        proprio = {name: values[-n:] for name, values in episode.proprio.items()}
-        short.append(dataclasses.replace(episode, actions=episode.actions[-n:], states=episode.states[-n:], proprio=proprio))
-    short[1].final_state = None
-    return short
-
-
-@pytest.fixture
-def corpus(drawer_task, ends, tmp_path):
-    path = tmp_path / "corpus.hdf5"
-    write_episodes(path, ends, drawer_task, {"script": "test", "assets": drawer_task.assets})
-    with h5py.File(path, "a") as file:
-        file["mask/train"] = [b"demo_0"]  # robomimic's
-        file["data/demo_0/obs/extra"] = np.arange(5)
-    return path
-
-
-def test_images_show_the_states_after_the_actions(corpus, drawer_task, ends, assets):
-    render.add_images(corpus, size=32, assets=assets)
-    assert check_file(corpus, drawer_task) == []
-    nq = drawer_task.model.nq
-    camera = render.make_renderer(drawer_task.model, width=32, height=32)
-    with h5py.File(corpus) as file:
-        data = file["data"]
-        for i, episode in enumerate(ends):
-            after = [*episode.states[1:], episode.states[-1] if episode.final_state is None else episode.final_state]
-            qpos = np.array(after)[:, 1 : 1 + nq]
-            if episode.final_state is None:  # the robot is where its proprioception says, the objects are one step behind
-                qpos[-1, drawer_task.arm_qpos] = episode.proprio["joint_states"][-1]
-                qpos[-1, drawer_task.gripper_qpos] = episode.proprio["gripper_states"][-1]
-            seen = camera.render(qpos)
-            for name, view in (("agentview_rgb", "agentview"), ("eye_in_hand_rgb", "robot0_eye_in_hand")):
-                stored = data[f"demo_{i}/obs/{name}"]
-                assert stored.dtype == np.uint8 and stored.shape == (episode.length, 32, 32, 3) and stored.chunks == (1, 32, 32, 3)
-                np.testing.assert_array_equal(stored[()], seen[view][:, ::-1])  # bottom row first
-                assert not np.array_equal(stored[0], stored[-1])
-        assert json.loads(data.attrs["env_args"])["env_kwargs"]["camera_heights"] == 32
-        assert (data.attrs["renderer"], data.attrs["image_assets"], data.attrs["script"]) == ("warp", drawer_task.assets, "test")
-        assert file["mask/train"][0] == b"demo_0" and np.array_equal(data["demo_0/obs/extra"], np.arange(5))
-    for before, now in zip(ends, read_episodes(corpus, drawer_task, images=True), strict=True):
-        np.testing.assert_array_equal(now.actions, before.actions)
-        np.testing.assert_array_equal(now.states, before.states)
-        assert now.attrs == {"init_state": -1, "pattern": -1, **before.attrs}
-        assert set(now.images) == {"agentview_rgb", "eye_in_hand_rgb"}
-
-
-def test_images_are_read_by_robomimic(corpus, assets):
-    dataset = pytest.importorskip("robomimic.utils.dataset", reason="robomimic is not installed")
-    obs_utils = pytest.importorskip("robomimic.utils.obs_utils")
-    render.add_images(corpus, size=16, assets=assets)
-    obs_utils.initialize_obs_utils_with_obs_specs({"obs": {"low_dim": ["ee_pos"], "rgb": ["agentview_rgb"]}})
-    options = dict(dataset_keys=["actions"], load_next_obs=False, hdf5_cache_mode="low_dim", filter_by_attribute="train")
-    sequences = dataset.SequenceDataset(hdf5_path=str(corpus), obs_keys=["ee_pos", "agentview_rgb"], **options)
-    assert len(sequences) == 5
-    with h5py.File(corpus) as file:
-        expected = np.moveaxis(file["data/demo_0/obs/agentview_rgb"][2] / 255, -1, 0)
-    np.testing.assert_array_equal(sequences[2]["obs"]["agentview_rgb"][0], expected.astype(np.float32))
-
-
-def test_images_are_replaced_only_on_request(corpus, assets, monkeypatch):
-    render.add_images(corpus, size=16, assets=assets)
-    with pytest.raises(UserError, match=r"has pictures already \(agentview_rgb, eye_in_hand_rgb\); --overwrite"):
-        render.add_images(corpus, size=16, assets=assets)
-    before, monitor = corpus.read_bytes(), []
-    monkeypatch.setattr(render._WarpRenderer, "_render", lambda self, qpos: monitor.append(len(qpos)) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):  # amid the work
-        render.add_images(corpus, size=16, assets=assets, overwrite=True)
-    assert corpus.read_bytes() == before and monitor == [5] and os.listdir(corpus.parent) == [corpus.name]
-    monkeypatch.undo()
-    render.add_images(corpus, size=48, cameras=("agentview",), assets=assets, overwrite=True)
-    with h5py.File(corpus) as file:
-        assert file["data/demo_1/obs/agentview_rgb"].shape == (3, 48, 48, 3) and "eye_in_hand_rgb" not in file["data/demo_1/obs"]
-
-
-def test_images_into_a_wrong_file(corpus, drawer_task, assets, tmp_path):
-    with pytest.raises(UserError, match="none.hdf5: no such file"):
-        render.add_images(tmp_path / "none.hdf5")
-    with h5py.File(tmp_path / "foreign.hdf5", "w") as file:
-        file["x"] = 1
-    with pytest.raises(UserError, match="foreign.hdf5: foreign layout"):
-        render.add_images(tmp_path / "foreign.hdf5")
-    with pytest.raises(UserError, match="no renderer 'vulkan'"):
-        render.add_images(corpus, renderer="vulkan", assets=assets)
-    other = "libero:0" if drawer_task.assets.startswith("standin") else "standin:0"
-    with h5py.File(corpus, "a") as file:
-        file["data"].attrs["assets"] = other
-    with pytest.raises(UserError, match="was made on .*: pass .*--assets"):
-        render.add_images(corpus, assets=assets)
-    with h5py.File(corpus, "a") as file:
-        file["data"].attrs["bddl_file_name"] = "bddl_files/libero_goal/fly_to_the_moon.bddl"
-    with pytest.raises(UserError, match="corpus.hdf5: unknown task"):
-        render.add_images(corpus, assets=assets)
-    assert check_file(corpus) == []

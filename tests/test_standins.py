@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -21,6 +23,7 @@ from common.libero import build, make_env, standins, tasks
 from common.libero.assets import find_assets
 from common.libero.goals import predicate_holds
 from common.libero.original import bddl_file, official_init_states
+from common.libero.standin_things import small_objects
 from common.libero.step import NO_OP
 from common.suites import libero_root, task_names
 
@@ -117,6 +120,23 @@ def test_written_whole_by_two_processes(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         standins.standin_assets()
     assert not list((tmp_path / "full" / "standins").iterdir())
+
+
+def test_the_folder_names_every_file_that_makes_them(tmp_path, monkeypatch):
+    """A change in any module that the stand-ins are made by gives them another folder in the cache."""
+    sources = sorted(Path(standins.__file__).parent.glob("standin*.py"))
+    for source in sources:
+        imported = [node.module for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.ImportFrom)]
+        made_by = {name for name in imported if name.startswith("common.")} - {"common.cli"}
+        assert made_by <= {f"common.libero.{s.stem}" for s in sources}, source.name
+        shutil.copy(source, tmp_path)
+    before = standins.generator_fingerprint()
+    monkeypatch.setattr(standins, "__file__", str(tmp_path / "standins.py"))
+    assert standins.generator_fingerprint() == before and len(sources) == 4
+    for source in sources:
+        (tmp_path / source.name).write_text(source.read_text().replace("0", "1"))
+        assert standins.generator_fingerprint() != before
+        shutil.copy(source, tmp_path)
 
 
 def test_every_file_that_libero_asks_for():
@@ -321,7 +341,7 @@ def test_hollow_basket_and_drawer(standin_tasks):
 )
 def test_hollow_crockery(name, radius, height):
     """A small ball dropped into a bowl, mug or ramekin rolls to its bottom and stays; nothing of the thing is within its cavity."""
-    (thing,) = (t for t in standins.small_objects() if Path(t.file).stem == name)
+    (thing,) = (t for t in small_objects() if Path(t.file).stem == name)
     root = standins.thing_xml(thing)
     world = root.find("worldbody")
     body = world.find("./body/body[@name='object']")

@@ -17,7 +17,7 @@ from common.data import read_episodes
 from common.data import vla as vla_data
 from common.demos import SKILLS, Attempt, Strategy, perform
 from common.libero import make_env, tasks
-from common.libero.render import available, make_renderer
+from common.libero.renderers import available, make_renderer
 from common.libero.step import NO_OP
 from common.metrics import wilson_interval
 from common.runs import Progress

@@ -22,7 +22,8 @@ from common.cli import UserError
 from common.data import read_episodes, write_episodes
 from common.data import vla as vla_data
 from common.data.vla import Chunks, Order, read_corpora
-from common.libero.render import add_images, make_renderer
+from common.libero.render import add_images
+from common.libero.renderers import make_renderer
 from common.runs import load_checkpoint
 from vla_pretrain import SIZES, VLA, Args, FlowHead, Size, TokenHead, crop_images, draws, learning_rate, load_model, train
 

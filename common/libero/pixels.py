@@ -14,7 +14,7 @@ from gymnasium.vector import VectorEnv, VectorWrapper
 
 from common.data import PROPRIO as STORED
 from common.libero.observation import proprioception
-from common.libero.render import make_renderer
+from common.libero.renderers import make_renderer
 from common.libero.tasks import Task
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class PixelObservation:
     For each camera a picture (image_size, image_size, 3) uint8 under LIBERO's name (`agentview_rgb`, `eye_in_hand_rgb`), bottom row
     first as in LIBERO's HDF5 files; `proprio` (9,) float32, see PROPRIO. `space` is their gymnasium space.
 
-    Raises UserError for what `common.libero.render.make_renderer` refuses.
+    Raises UserError for what `common.libero.renderers.make_renderer` refuses.
     """
 
     def __init__(self, task: Task, image_size: int, cameras: Sequence[str], renderer: str, device: str = "cpu"):

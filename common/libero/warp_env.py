@@ -25,9 +25,9 @@ from gymnasium.vector import AutoresetMode
 from common.cli import UserError
 from common.libero.env import LiberoEnv, LiberoVectorEnv, mass_addresses
 from common.libero.observation import axis_angle
-from common.libero.render import start_warp, warp_device
 from common.libero.step import NO_OP, SUBSTEPS
 from common.libero.tasks import Task
+from common.libero.warp_start import start_warp, warp_device
 
 start_warp()  # before MuJoCo Warp's import starts it: quietly, with our folder for compiled kernels
 

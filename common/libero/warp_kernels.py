@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from common.libero.goals import KINDS, goal_table
-from common.libero.render import start_warp
 from common.libero.step import GRIPPER_SPEED, KP, NULL_KP, QPOS, QVEL, SITE_XPOS, XIPOS, XMAT, XPOS
 from common.libero.tasks import Predicate
+from common.libero.warp_start import start_warp
 
 start_warp()  # quietly, with our folder for compiled kernels
 
