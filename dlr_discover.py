@@ -22,134 +22,90 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import tyro
-from gymnasium.vector import AutoresetMode
 from scipy.spatial.distance import cdist
 from torch import nn
 from torch.distributions import Categorical, Laplace, Normal
-from torch.utils.tensorboard import SummaryWriter
 
 from common import metrics, plots, rollout
-from common.cli import UserError, run_command
+from common.cli import Count, Fraction, NotNegative, Positive, PositiveOrInf, Range, UserError, run_command
 from common.data import Episode
-from common.libero import load_task, make_env
 from common.libero.env import LiberoVectorEnv
 from common.libero.observation import observe_states
 from common.networks import Normalizer, PixelEncoder, compiled, make_obs_encoder, mlp, random_shift
-from common.runs import Progress, load_checkpoint, make_run, resumed_args, rng_state, save_checkpoint, set_rng_state, versions, write_json
+from common.runs import rng_state, set_rng_state
 from common.tensors import TensorDict, join, obs_buffer, to_tensor
 
 
 @dataclasses.dataclass
-class Args:
+class Args(rollout.JobArgs):
     """Discover K patterns in demonstrations of a LIBERO task, learn them, reinforce each, and write a corpus."""
 
-    task: str = "libero_90/KITCHEN_SCENE1_put_the_black_bowl_on_the_plate"
-    """a LIBERO task: suite/index, suite/name, or any part of a name that is unique"""
-    assets: str | None = None
-    """LIBERO's asset folder, or standin (default: $LIBERO_ASSETS, else LIBERO's own, else a download, else stand-ins)"""
-    seed: int = 1
-    """seed of everything that is random"""
-    resume: str | None = None
-    """go on with the run in this folder, exactly where its last checkpoint left it"""
-    run_folder: str = "runs"
-    """where runs are written"""
-    num_envs: int = 32
-    """parallel environments"""
-    torch_threads: int = 2
-    """threads of the learner (results are reproducible for a fixed number)"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto (CUDA, if there is a GPU; for few environments with states, cpu may be faster), cpu or cuda"""
-    backend: Literal["auto", "cpu", "warp"] = "auto"
-    """simulator: cpu (all cores), warp (MuJoCo Warp on --device) or auto (warp on a GPU from 256 environments on)"""
-    compile: bool = False
-    """compile acting and PPO's losses (CUDA)"""
-    checkpoint_interval: int = 5
-    """PPO iterations between checkpoints: what a kill can lose at most"""
-    videos: bool = True
-    """one video a pattern, where pictures can be rendered"""
-    corpus_images: int = 0
-    """also store pictures of so many pixels a side in the corpus, agentview's and the wrist's (0: none; common.libero.render adds them)"""
-    obs: Literal["state", "pixels"] = "state"
-    """what the policy sees: the simulator's state, or the third-person picture and proprioception"""
-    image_size: int = 84
-    """pixels of a picture's side"""
-
-    # Demonstrations
-    demos: str = "auto"
-    """auto (LIBERO's human files if they are on disk, else scripted), scripted, or an HDF5 file in LIBERO's layout"""
-    num_demos: int = 48
-    """scripted demonstrations to generate (cached)"""
-    demo_noise: float = 0.1
-    """action noise of scripted demonstrations (standard deviation, in units of the action range)"""
-
     # Discover
-    num_patterns: int | Literal["auto"] = 8
+    num_patterns: Count | Literal["auto"] = 8
     """K, or auto: the K from 2 to 12 with the best silhouette"""
     label_level: Literal["trajectory", "state"] = "trajectory"
     """whether a whole demonstration has one pattern, or each of its states its own"""
-    vib_beta: float = 0.3
+    vib_beta: NotNegative = 0.3
     """weight of KL(q(z|s) || p(z)), the variational information bottleneck"""
-    discover_steps: int = 400
+    discover_steps: Count = 400
     """gradient steps of the autoencoder"""
-    discover_points: int = 32
+    discover_points: Annotated[int, Range(2)] = 32
     """states a demonstration is resampled to, evenly along the hand's path"""
 
     # Learn
-    learn_epochs: int = 150
+    learn_epochs: Count = 150
     """at most so many epochs of behaviour cloning"""
-    learn_patience: int = 15
+    learn_patience: Annotated[int, Range(0)] = 15
     """stop after so many epochs without a better held-out loss"""
-    learn_batch: int = 512
+    learn_batch: Count = 512
     """transitions a gradient step of behaviour cloning"""
-    learn_lr: float = 1e-3
+    learn_lr: Positive = 1e-3
     """learning rate of behaviour cloning"""
-    learn_noise: float = 0.1
+    learn_noise: NotNegative = 0.1
     """Gaussian noise on cloned observations, in units of their standard deviation: teaches the way back to the demonstrations"""
-    hidden: int = 256
+    hidden: Count = 256
     """width of the hidden layers"""
 
     # Reinforce
-    total_steps: int = 300_000
+    total_steps: Count = 300_000
     """environment steps of PPO"""
-    num_steps: int = 128
+    num_steps: Count = 128
     """steps an environment takes between updates"""
-    gamma: float = 0.99
+    gamma: Fraction = 0.99
     """discount: success at step T is worth gamma^(T-1)"""
-    gae_lambda: float = 0.95
+    gae_lambda: Fraction = 0.95
     """lambda of generalised advantage estimation"""
-    actor_lr: float = 4e-5
+    actor_lr: Positive = 4e-5
     """learning rate of the policy"""
     anneal_lr: bool = False
     """let the policy's learning rate fall linearly to 0"""
-    critic_lr: float = 1e-3
+    critic_lr: Positive = 1e-3
     """learning rate of the value function"""
-    update_epochs: int = 5
+    update_epochs: Count = 5
     """passes over each rollout"""
-    num_minibatches: int = 8
+    num_minibatches: Count = 8
     """minibatches a pass"""
-    clip_coef: float = 0.2
+    clip_coef: Positive = 0.2
     """PPO's clip range"""
-    std_start: float = 0.15
+    std_start: Annotated[float, Range(0.02, 1.5)] = 0.15
     """standard deviation of the policy when Reinforce begins, in units of the action range"""
-    std_end: float = 0.08
+    std_end: Annotated[float, Range(0.02, 1.5)] = 0.08
     """and when it ends (geometric schedule): evaluation and the corpus take the mean action, so training must come near it"""
-    max_grad_norm: float = 0.5
+    max_grad_norm: PositiveOrInf = 0.5
     """gradients are clipped to this norm"""
-    kl_coef: float = 0.05
+    kl_coef: NotNegative = 0.05
     """weight of KL(policy || Learn policy) in the loss, which keeps noise in the updates from using up target_kl"""
-    target_kl: float = 1.0
+    target_kl: PositiveOrInf = 1.0
     """E in Theorem 1: the policy loss is left out while KL(policy || Learn policy), in nats a step, is above it"""
-    step_kl: float = 0.1
+    step_kl: PositiveOrInf = 0.1
     """updates of one rollout stop when the policy has moved so far (nats) from the one that acted"""
-    critic_warmup: int = 5
+    critic_warmup: Annotated[int, Range(0)] = 5
     """iterations in which only the value function learns"""
-    mi_coef: float = 0.0
+    mi_coef: NotNegative = 0.0
     """beta of the naive objective's bonus log q(z|s) - log p(z) (the paper's ablation; 0: off)"""
     mi_on: Literal["success", "all"] = "all"
     """pay the bonus at every step, or its sum at success"""
@@ -158,36 +114,12 @@ class Args:
     curriculum: Literal["none", "reverse"] = "none"
     """reverse: begin episodes in demonstration states near success, and earlier as success rises"""
 
-    # Roll out
-    eval_episodes: int = 50
-    """official init states to evaluate each pattern on (at most 50)"""
-    corpus_episodes: int = 20
-    """successful trajectories a pattern in the corpus"""
-
-
-def validate(args: Args) -> None:
-    """Refuse flag values that cannot work, before anything has begun."""
-    counts = "num_patterns num_envs torch_threads checkpoint_interval num_demos discover_steps learn_epochs learn_batch hidden"
-    counts += " total_steps num_steps update_epochs num_minibatches eval_episodes corpus_episodes"
-    rules = [
-        (lambda v: v >= 1, "at least 1", counts),
-        (lambda v: 32 <= v <= 512, "between 32 and 512", "image_size"),
-        (lambda v: v == 0 or 32 <= v <= 512, "0 or between 32 and 512", "corpus_images"),
-        (lambda v: v >= 2, "at least 2", "discover_points"),
-        (lambda v: v > 0, "more than 0", "learn_lr actor_lr critic_lr clip_coef max_grad_norm target_kl step_kl"),
-        (lambda v: 0.02 <= v <= 1.5, "between 0.02 and 1.5", "std_start std_end"),  # what Agent.policy clamps to, at least
-        (lambda v: 0 <= v < math.inf, "at least 0", "seed demo_noise learn_noise vib_beta learn_patience critic_warmup mi_coef kl_coef"),
-        (lambda v: 0 <= v <= 1, "between 0 and 1", "gamma gae_lambda"),
-    ]
-    for holds, wanted, names in rules:
-        for name in names.split():
-            value = getattr(args, name)
-            if value != "auto" and not holds(value):
-                raise UserError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
-    if args.mi_coef and args.obs == "pixels":
-        raise UserError("--mi-coef needs --obs state: its bonus is of simulator states, of which pictures say too little")
-    if args.num_minibatches > (batch := args.num_steps * args.num_envs):
-        raise UserError(f"--num-minibatches {args.num_minibatches} is more than the {batch} steps of --num-steps x --num-envs")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mi_coef and self.obs == "pixels":
+            raise UserError("--mi-coef needs --obs state: its bonus is of simulator states, of which pictures say too little")
+        if self.num_minibatches > (batch := self.num_steps * self.num_envs):
+            raise UserError(f"--num-minibatches {self.num_minibatches} is more than the {batch} steps of --num-steps x --num-envs")
 
 
 # ---------------------------------------------------------------------------------------------- Discover
@@ -733,164 +665,73 @@ class Reinforce:
 
 
 def main() -> None:
-    args = tyro.cli(Args)
-    run = None
-    if args.resume:
-        run = Path(args.resume)
-        args = resumed_args(run, "dlr_discover", Args)
-    validate(args)
-    args = rollout.choose_devices(args)
-    torch.set_num_threads(args.torch_threads)
-    began, progress = time.time(), Progress()
-    task = load_task(args.task, args.assets)
-    progress.say(f"task {task.id}: {task.language}; simulator {args.backend}, learner on {args.device}")
-    renderer, videos = rollout.find_renderer(args.obs, args.videos, args.corpus_images, progress)
-    how = {"obs": args.obs, "image_size": args.image_size, "backend": args.backend, "device": args.device}
-    train_env = make_env(task, args.num_envs, seed=args.seed, **how)
-    eval_env = make_env(task, min(args.num_envs, rollout.EVAL_ENVS), seed=args.seed, **how, autoreset_mode=AutoresetMode.DISABLED)
-    demos, demo_source = rollout.load_demos(args.demos, task, args.num_demos, args.demo_noise, args.seed, progress)
+    job = rollout.Job("dlr_discover", Args)
+    args, run, task = job.args, job.run, job.task
     needed = 4 if args.num_patterns == "auto" else args.num_patterns
-    if len(demos) < needed:
-        raise UserError(f"--num-patterns {args.num_patterns} needs at least {needed} demonstrations, but there are {len(demos)}")
-    checkpoint = {"script": "dlr_discover", "task": task.id, "stage": "start", "seconds": 0.0}
-    if run is None:
-        run = make_run(args.run_folder, task.id, "dlr_discover", args)
-        config = {"script": "dlr_discover", "args": dataclasses.asdict(args), "versions": versions()}
-        write_json(run / "config.json", config | {"assets": task.assets, "demos": demo_source, "renderer": renderer})
-        save_checkpoint(run / "checkpoint.pt", checkpoint)
-    else:
-        checkpoint = load_checkpoint(run / "checkpoint.pt", "dlr_discover")
-        found = checkpoint.get("task", task.id), checkpoint.get("num_patterns", args.num_patterns)
-        if found[0] != task.id or args.num_patterns not in (found[1], "auto"):
-            raise UserError(f"{run / 'checkpoint.pt'} is not this run's: it has {found[1]} patterns of {found[0]}")
-        progress.say(f"resuming after stage {checkpoint['stage']!r}")
-    progress.say(f"run folder {run}")
-    writer = SummaryWriter(str(run))
-    demo_states = [observe_states(task, e.states) for e in demos]  # Discover's, whatever the policy sees
-    layout = train_env.obs_layout
+    if len(job.demos) < needed:
+        raise UserError(f"--num-patterns {args.num_patterns} needs at least {needed} demonstrations, but there are {len(job.demos)}")
+    job.begin()
+    demo_states = [observe_states(task, e.states) for e in job.demos]  # Discover's, whatever the policy sees
+    layout = job.train_env.obs_layout
     paths = np.stack([along_path(obs, layout, args.discover_points) for obs in demo_states])
 
-    def save(stage: str, **content) -> None:
-        nonlocal began
-        checkpoint.update(content, stage=stage, seconds=checkpoint["seconds"] + time.time() - began)
-        began = time.time()
-        save_checkpoint(run / "checkpoint.pt", checkpoint)
-
-    def log(values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
-
     # 1. Discover
-    if checkpoint["stage"] == "start":
-        k = args.num_patterns if args.num_patterns != "auto" else choose_num_patterns(args, paths, layout, progress.say)
-        progress.stage("Discover", args.discover_steps)
-
-        def discover_tick(step: int, values: dict[str, float]) -> None:
-            log(values, step)
-            progress.update(20, f"ELBO {values['discover/elbo']:.3f}")
-
-        encoder, labels = discover(args, paths, layout, k, discover_tick)
-        save("discover", num_patterns=k, encoder=encoder.state_dict(), labels=labels)
-    k = checkpoint["num_patterns"]
-    labels = np.asarray(checkpoint["labels"])
+    if run.stage == "start":
+        k = args.num_patterns if args.num_patterns != "auto" else choose_num_patterns(args, paths, layout, run.progress.say)
+        encoder, labels = discover(args, paths, layout, k, run.ticker("Discover", args.discover_steps, "ELBO {discover_elbo:.3f}", each=20))
+        run.save("discover", num_patterns=k, encoder=encoder.state_dict(), labels=labels)
+    k = run.checkpoint["num_patterns"]
+    labels = np.asarray(run.checkpoint["labels"])
     encoder = PatternEncoder(paths.shape[-1], k).requires_grad_(False)
-    encoder.load_state_dict(checkpoint["encoder"])
+    encoder.load_state_dict(run.checkpoint["encoder"])
     patterns = np.array([episode_pattern(rows) for rows in labels])
     alive = [int(z) for z in np.unique(patterns)]
-    strategies = [e.attrs.get("strategy", "") for e in demos]
+    strategies = [e.attrs.get("strategy", "") for e in job.demos]
     recovery = metrics.adjusted_rand_index(patterns, strategies) if all(strategies) else None
     counts = ", ".join(str(int((patterns == z).sum())) for z in alive)
     truth = "" if recovery is None else f"; adjusted Rand index against the true strategies {recovery:.2f}"
-    progress.say(f"Discover: {len(alive)} of {k} patterns alive ({counts} demonstrations){truth}")
+    run.progress.say(f"Discover: {len(alive)} of {k} patterns alive ({counts} demonstrations){truth}")
 
     # 2. Learn
     torch.manual_seed(args.seed + 1)
-    agent = Agent(make_obs_encoder(train_env.single_observation_space), k, args.hidden).to(args.device)
-    if checkpoint["stage"] == "discover":
-        demo_obs = rollout.observe_demos(train_env, demos, progress)
-        progress.stage("Learn", args.learn_epochs)
-
-        def learn_tick(epoch: int, values: dict[str, float]) -> None:
-            log(values, epoch)
-            progress.update(1, f"held-out loss {values['learn/held_out_loss']:.2f}")
-
-        learn(args, agent, demo_obs, [e.actions for e in demos], label_states(args, encoder, demo_states, labels), learn_tick)
-        rows, _ = rollout.evaluate(eval_env, agent.act, alive, args.eval_episodes, progress, "evaluate Learn")
-        save("learn", agent=agent.state_dict(), learn_success=[row["success_rate"] for row in rows])
-    agent.load_state_dict(checkpoint["agent"])
-    learn_success = checkpoint["learn_success"]
-    progress.say(f"Learn: success {np.mean(learn_success):.0%} ({', '.join(f'{s:.0%}' for s in learn_success)})")
+    agent = Agent(make_obs_encoder(job.train_env.single_observation_space), k, args.hidden).to(args.device)
+    if run.stage == "discover":
+        demo_obs, actions = job.observed_demos(), [e.actions for e in job.demos]
+        tick = run.ticker("Learn", args.learn_epochs, "held-out loss {learn_held_out_loss:.2f}")
+        learn(args, agent, demo_obs, actions, label_states(args, encoder, demo_states, labels), tick)
+        rows = job.evaluate(agent.act, alive, "Learn")
+        run.save("learn", agent=agent.state_dict(), learn_success=[row["success_rate"] for row in rows])
+    agent.load_state_dict(run.checkpoint["agent"])
 
     # 3. Reinforce
-    if checkpoint["stage"] in ("learn", "reinforce"):
-        curriculum = Curriculum(demos, patterns, np.random.default_rng(args.seed + 3)) if args.curriculum == "reverse" else None
-        trainer = Reinforce(args, train_env, agent, encoder, alive, curriculum)
-        if checkpoint["stage"] == "reinforce":
-            trainer.load_state_dict(checkpoint["trainer"])
-        progress.stage("Reinforce", trainer.num_iterations, trainer.iteration)
-        while trainer.iteration < trainer.num_iterations:
-            logs = trainer.run_iteration()
-            log(logs, trainer.env_steps)
-            rates = " ".join("--" if math.isnan(s) else f"{s:.0%}" for s in np.array(trainer.history[-1][1:])[alive])
-            progress.update(1, f"success {logs['charts/success']:.0%} ({rates}) {logs['charts/SPS']:.0f} steps/s")
-            if trainer.iteration % args.checkpoint_interval == 0 and trainer.iteration < trainer.num_iterations:
-                save("reinforce", trainer=trainer.state_dict())
-        checkpoint.pop("trainer", None)
-        save("roll out", agent=agent.state_dict(), history=trainer.history, env_steps=trainer.env_steps)
-    agent.load_state_dict(checkpoint["agent"])
+    if run.stage in ("learn", "reinforce"):
+        curriculum = Curriculum(job.demos, patterns, np.random.default_rng(args.seed + 3)) if args.curriculum == "reverse" else None
+        run.train(Reinforce(args, job.train_env, agent, encoder, alive, curriculum), note)
+    agent.load_state_dict(run.checkpoint["agent"])
 
     # Roll out, keep successes
-    per_pattern, _ = rollout.evaluate(eval_env, agent.act, alive, args.eval_episodes, progress, "evaluate Reinforce")
-    success = float(np.mean([row["success_rate"] for row in per_pattern]))
-    rates = ", ".join(f"{row['success_rate']:.0%}" for row in per_pattern)
-    progress.say(f"Reinforce: success {success:.0%} ({rates})")
-    corpus = rollout.collect_corpus(eval_env, agent.act, alive, args.corpus_episodes, args.seed + 4, "dlr_discover", progress)
-    if not corpus:
-        raise UserError(f"no rollout of any pattern succeeded, so there is no corpus to write; the logs are in {run}")
-    commanded = [e.attrs["pattern"] for e in corpus]
-    corpus_obs = [rollout.trajectory_observations(task, e) for e in corpus]
-    recognised = [encoder.recognise(along_path(obs, layout, args.discover_points)) for obs in corpus_obs]
-    confusion = metrics.confusion_matrix(commanded, recognised, k)
-    features = rollout.path_features(task, corpus)
-    distances = metrics.pairwise_dtw(features)
-    within, between = metrics.within_between(distances, commanded)
-    consistency = rollout.measure_consistency(eval_env, agent.act, alive, args.eval_episodes, args.demo_noise, args.seed + 5, progress)
-    rollout.write_corpus(run, task, corpus, "dlr_discover", demo_source, args.corpus_images, args.assets, progress)
-    rollout.plot_corpus(run, task, features, commanded, distances)
-    plots.plot_leakage(run / "figures" / "leakage.png", confusion, task.language)
-    history = np.array([[0.0] + [np.nan] * k, *checkpoint["history"]])
+    corpus, summary = job.roll_out(agent.act, alive)
+    recognised = [encoder.recognise(along_path(rollout.trajectory_observations(task, e), layout, args.discover_points)) for e in corpus]
+    confusion = metrics.confusion_matrix([e.attrs["pattern"] for e in corpus], recognised, k)
+    plots.plot_leakage(run.folder / "figures" / "leakage.png", confusion, task.language)
+    learn_success = run.checkpoint["learn_success"]
+    history = np.array([[0.0] + [np.nan] * k, *run.checkpoint["history"]])
     history[0, 1 + np.array(alive)] = learn_success
-    plots.plot_success(run / "figures" / "success.png", history[:, 0], history[:, 1:], [(0, "Reinforce")], task.language)
-    if videos:
-        rollout.make_videos(run, task, corpus, renderer, progress)
-    summary = {
-        "task": task.id,
-        "success_rate": success,
-        "per_pattern": per_pattern,
-        "diversity": metrics.diversity(features) | {"dtw_within": within, "dtw_between": between},
-        "smoothness": metrics.smoothness([e.proprio["ee_pos"] for e in corpus], [e.actions for e in corpus]),
-        "consistency": consistency,
-        "leakage": {"p_leak": metrics.p_leak(confusion), "confusion": confusion},
-        "recovery": recovery,
-        "stages": {"learn": np.mean(learn_success), "reinforce": success, "learn_per_pattern": learn_success},
-        "num_patterns": k,
-        "alive": len(alive),
-        "corpus_episodes": len(corpus),
-        "env_steps": checkpoint["env_steps"],
-        "wall_seconds": checkpoint["seconds"] + time.time() - began,
-        "demos": demo_source,
-        "assets": task.assets,
-        "renderer": renderer,
-        "versions": versions(),
-    }
-    write_json(run / "summary.json", summary)
-    save("done")
-    writer.close()
-    progress.close()
-    progress.say(
-        f"done: {len(corpus)} trajectories of {len(alive)} patterns, success {success:.0%}, leakage {summary['leakage']['p_leak']:.0%}, "
-        f"mean pairwise distance {summary['diversity']['mean_pairwise_distance']:.2f}; see {run}"
+    plots.plot_success(run.folder / "figures" / "success.png", history[:, 0], history[:, 1:], [(0, "Reinforce")], task.language)
+    stages = {"learn": np.mean(learn_success), "reinforce": summary["success_rate"], "learn_per_pattern": learn_success}
+    leakage = {"p_leak": metrics.p_leak(confusion), "confusion": confusion}
+    run.finish(
+        summary | {"leakage": leakage, "recovery": recovery, "stages": stages, "num_patterns": k, "alive": len(alive)},
+        f"{len(corpus)} trajectories of {len(alive)} patterns, success {summary['success_rate']:.0%}, leakage {leakage['p_leak']:.0%}, "
+        f"mean pairwise distance {summary['diversity']['mean_pairwise_distance']:.2f}",
     )
+
+
+def note(logs: dict[str, float]) -> str:
+    """What the progress bar shows of an iteration: success in all, and of each pattern that has finished episodes."""
+    success = "--" if math.isnan(logs["charts/success"]) else f"{logs['charts/success']:.0%}"
+    each = " ".join(f"{rate:.0%}" for name, rate in logs.items() if name.startswith("patterns/success_"))
+    return f"success {success} ({each}) {logs['charts/SPS']:.0f} steps/s"
 
 
 if __name__ == "__main__":

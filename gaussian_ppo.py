@@ -22,141 +22,75 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 import numpy as np
 import torch
-import tyro
-from gymnasium.vector import AutoresetMode
 from torch import nn
 from torch.distributions import Normal
-from torch.utils.tensorboard import SummaryWriter
 
-from common import metrics, plots, rollout
-from common.cli import UserError, run_command
-from common.libero import load_task, make_env
+from common import plots, rollout
+from common.cli import Count, Fraction, NotNegative, Positive, PositiveOrInf, Range, UserError, run_command
 from common.libero.env import LiberoVectorEnv
 from common.networks import Normalizer, PixelEncoder, compiled, make_obs_encoder, mlp, random_shift
-from common.runs import Progress, load_checkpoint, make_run, resumed_args, rng_state, save_checkpoint, set_rng_state, versions, write_json
+from common.runs import rng_state, set_rng_state
 from common.tensors import TensorDict, join, obs_buffer, to_tensor
 
 
 @dataclasses.dataclass
-class Args:
+class Args(rollout.JobArgs):
     """Clone demonstrations of a LIBERO task with a Gaussian policy, improve it by PPO, and write a corpus."""
 
-    task: str = "libero_90/KITCHEN_SCENE1_put_the_black_bowl_on_the_plate"
-    """a LIBERO task: suite/index, suite/name, or any part of a name that is unique"""
-    assets: str | None = None
-    """LIBERO's asset folder, or standin (default: $LIBERO_ASSETS, else LIBERO's own, else a download, else stand-ins)"""
-    seed: int = 1
-    """seed of everything that is random"""
-    resume: str | None = None
-    """go on with the run in this folder, exactly where its last checkpoint left it"""
-    run_folder: str = "runs"
-    """where runs are written"""
-    num_envs: int = 32
-    """parallel environments"""
-    torch_threads: int = 2
-    """threads of the learner (results are reproducible for a fixed number)"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto (CUDA, if there is a GPU; for few environments with states, cpu may be faster), cpu or cuda"""
-    backend: Literal["auto", "cpu", "warp"] = "auto"
-    """simulator: cpu (all cores), warp (MuJoCo Warp on --device) or auto (warp on a GPU from 256 environments on)"""
-    compile: bool = False
-    """compile acting and PPO's losses (CUDA)"""
-    checkpoint_interval: int = 5
-    """PPO iterations between checkpoints: what a kill can lose at most"""
-    videos: bool = True
-    """a video, where pictures can be rendered"""
-    corpus_images: int = 0
-    """also store pictures of so many pixels a side in the corpus, agentview's and the wrist's (0: none; common.libero.render adds them)"""
-    obs: Literal["state", "pixels"] = "state"
-    """what the policy sees: the simulator's state, or the third-person picture and proprioception"""
-    image_size: int = 84
-    """pixels of a picture's side"""
-
-    # Demonstrations
-    demos: str = "auto"
-    """auto (LIBERO's human files if they are on disk, else scripted), scripted, or an HDF5 file in LIBERO's layout"""
-    num_demos: int = 48
-    """scripted demonstrations to generate (cached)"""
-    demo_noise: float = 0.1
-    """action noise of scripted demonstrations (standard deviation, in units of the action range)"""
-
     # Learn
-    learn_epochs: int = 150
+    learn_epochs: Count = 150
     """at most so many epochs of behaviour cloning"""
-    learn_patience: int = 15
+    learn_patience: Annotated[int, Range(0)] = 15
     """stop after so many epochs without a better held-out loss"""
-    learn_batch: int = 512
+    learn_batch: Count = 512
     """transitions a gradient step of behaviour cloning"""
-    learn_lr: float = 1e-3
+    learn_lr: Positive = 1e-3
     """learning rate of behaviour cloning"""
-    learn_noise: float = 0.1
+    learn_noise: NotNegative = 0.1
     """Gaussian noise on cloned observations, in units of their standard deviation: teaches the way back to the demonstrations"""
-    hidden: int = 256
+    hidden: Count = 256
     """width of the hidden layers"""
 
     # Reinforce
-    total_steps: int = 300_000
+    total_steps: Count = 300_000
     """environment steps of PPO"""
-    num_steps: int = 128
+    num_steps: Count = 128
     """steps an environment takes between updates"""
-    gamma: float = 0.99
+    gamma: Fraction = 0.99
     """discount: success at step T is worth gamma^(T-1)"""
-    gae_lambda: float = 0.95
+    gae_lambda: Fraction = 0.95
     """lambda of generalised advantage estimation"""
-    actor_lr: float = 4e-5
+    actor_lr: Positive = 4e-5
     """learning rate of the policy"""
     anneal_lr: bool = False
     """let the policy's learning rate fall linearly to 0"""
-    critic_lr: float = 1e-3
+    critic_lr: Positive = 1e-3
     """learning rate of the value function"""
-    update_epochs: int = 5
+    update_epochs: Count = 5
     """passes over each rollout"""
-    num_minibatches: int = 8
+    num_minibatches: Count = 8
     """minibatches a pass"""
-    clip_coef: float = 0.2
+    clip_coef: Positive = 0.2
     """PPO's clip range"""
-    std_start: float = 0.15
+    std_start: Annotated[float, Range(0.02, 1.5)] = 0.15
     """standard deviation of the policy when Reinforce begins, in units of the action range"""
-    std_end: float = 0.08
+    std_end: Annotated[float, Range(0.02, 1.5)] = 0.08
     """and when it ends (geometric schedule): evaluation and the corpus take the mean action, so training must come near it"""
-    max_grad_norm: float = 0.5
+    max_grad_norm: PositiveOrInf = 0.5
     """gradients are clipped to this norm"""
-    step_kl: float = 0.1
+    step_kl: PositiveOrInf = 0.1
     """updates of one rollout stop when the policy has moved so far (nats) from the one that acted"""
-    critic_warmup: int = 5
+    critic_warmup: Annotated[int, Range(0)] = 5
     """iterations in which only the value function learns"""
 
-    # Roll out
-    eval_episodes: int = 50
-    """official init states to evaluate the policy on (at most 50)"""
-    corpus_episodes: int = 20
-    """successful trajectories in the corpus"""
-
-
-def validate(args: Args) -> None:
-    """Refuse flag values that cannot work, before anything has begun."""
-    counts = "num_envs torch_threads checkpoint_interval num_demos learn_epochs learn_batch hidden"
-    counts += " total_steps num_steps update_epochs num_minibatches eval_episodes corpus_episodes"
-    rules = [
-        (lambda v: v >= 1, "at least 1", counts),
-        (lambda v: 32 <= v <= 512, "between 32 and 512", "image_size"),
-        (lambda v: v == 0 or 32 <= v <= 512, "0 or between 32 and 512", "corpus_images"),
-        (lambda v: v > 0, "more than 0", "learn_lr actor_lr critic_lr clip_coef max_grad_norm step_kl"),
-        (lambda v: 0.02 <= v <= 1.5, "between 0.02 and 1.5", "std_start std_end"),  # what Agent.policy clamps to, at least
-        (lambda v: 0 <= v < math.inf, "at least 0", "seed demo_noise learn_noise learn_patience critic_warmup"),
-        (lambda v: 0 <= v <= 1, "between 0 and 1", "gamma gae_lambda"),
-    ]
-    for holds, wanted, names in rules:
-        for name in names.split():
-            if not holds(value := getattr(args, name)):
-                raise UserError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
-    if args.num_minibatches > (batch := args.num_steps * args.num_envs):
-        raise UserError(f"--num-minibatches {args.num_minibatches} is more than the {batch} steps of --num-steps x --num-envs")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_minibatches > (batch := self.num_steps * self.num_envs):
+            raise UserError(f"--num-minibatches {self.num_minibatches} is more than the {batch} steps of --num-steps x --num-envs")
 
 
 # ---------------------------------------------------------------------------------------------- the policy
@@ -427,123 +361,41 @@ class Reinforce:
 
 
 def main() -> None:
-    args = tyro.cli(Args)
-    run = None
-    if args.resume:
-        run = Path(args.resume)
-        args = resumed_args(run, "gaussian_ppo", Args)
-    validate(args)
-    args = rollout.choose_devices(args)
-    torch.set_num_threads(args.torch_threads)
-    began, progress = time.time(), Progress()
-    task = load_task(args.task, args.assets)
-    progress.say(f"task {task.id}: {task.language}; simulator {args.backend}, learner on {args.device}")
-    renderer, videos = rollout.find_renderer(args.obs, args.videos, args.corpus_images, progress)
-    how = {"obs": args.obs, "image_size": args.image_size, "backend": args.backend, "device": args.device}
-    train_env = make_env(task, args.num_envs, seed=args.seed, **how)
-    eval_env = make_env(task, min(args.num_envs, rollout.EVAL_ENVS), seed=args.seed, **how, autoreset_mode=AutoresetMode.DISABLED)
-    demos, demo_source = rollout.load_demos(args.demos, task, args.num_demos, args.demo_noise, args.seed, progress)
-    checkpoint = {"script": "gaussian_ppo", "task": task.id, "stage": "start", "seconds": 0.0}
-    if run is None:
-        run = make_run(args.run_folder, task.id, "gaussian_ppo", args)
-        config = {"script": "gaussian_ppo", "args": dataclasses.asdict(args), "versions": versions()}
-        write_json(run / "config.json", config | {"assets": task.assets, "demos": demo_source, "renderer": renderer})
-        save_checkpoint(run / "checkpoint.pt", checkpoint)
-    else:
-        checkpoint = load_checkpoint(run / "checkpoint.pt", "gaussian_ppo")
-        if (found := checkpoint.get("task", task.id)) != task.id:
-            raise UserError(f"{run / 'checkpoint.pt'} is not this run's: it is of {found}")
-        progress.say(f"resuming after stage {checkpoint['stage']!r}")
-    progress.say(f"run folder {run}")
-    writer = SummaryWriter(str(run))
-
-    def save(stage: str, **content) -> None:
-        nonlocal began
-        checkpoint.update(content, stage=stage, seconds=checkpoint["seconds"] + time.time() - began)
-        began = time.time()
-        save_checkpoint(run / "checkpoint.pt", checkpoint)
-
-    def log(values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
+    job = rollout.Job("gaussian_ppo", Args)
+    args, run = job.args, job.run
+    job.begin()
 
     # 1. Learn
     torch.manual_seed(args.seed + 1)
-    agent = Agent(make_obs_encoder(train_env.single_observation_space), args.hidden).to(args.device)
-    if checkpoint["stage"] == "start":
-        demo_obs = rollout.observe_demos(train_env, demos, progress)
-        progress.stage("Learn", args.learn_epochs)
-
-        def learn_tick(epoch: int, values: dict[str, float]) -> None:
-            log(values, epoch)
-            progress.update(1, f"held-out loss {values['learn/held_out_loss']:.2f}")
-
-        learn(args, agent, demo_obs, [e.actions for e in demos], learn_tick)
-        rows, _ = rollout.evaluate(eval_env, agent.act, [0], args.eval_episodes, progress, "evaluate Learn")
-        save("learn", agent=agent.state_dict(), learn_success=rows[0]["success_rate"])
-    agent.load_state_dict(checkpoint["agent"])
-    learn_success = checkpoint["learn_success"]
-    progress.say(f"Learn: success {learn_success:.0%}")
+    agent = Agent(make_obs_encoder(job.train_env.single_observation_space), args.hidden).to(args.device)
+    if run.stage == "start":
+        demo_obs, actions = job.observed_demos(), [e.actions for e in job.demos]
+        learn(args, agent, demo_obs, actions, run.ticker("Learn", args.learn_epochs, "held-out loss {learn_held_out_loss:.2f}"))
+        (row,) = job.evaluate(agent.act, [0], "Learn")
+        run.save("learn", agent=agent.state_dict(), learn_success=row["success_rate"])
+    agent.load_state_dict(run.checkpoint["agent"])
 
     # 2. Reinforce
-    if checkpoint["stage"] in ("learn", "reinforce"):
-        trainer = Reinforce(args, train_env, agent)
-        if checkpoint["stage"] == "reinforce":
-            trainer.load_state_dict(checkpoint["trainer"])
-        progress.stage("Reinforce", trainer.num_iterations, trainer.iteration)
-        while trainer.iteration < trainer.num_iterations:
-            logs = trainer.run_iteration()
-            log(logs, trainer.env_steps)
-            success = "--" if math.isnan(logs["charts/success"]) else f"{logs['charts/success']:.0%}"
-            progress.update(1, f"success {success} {logs['charts/SPS']:.0f} steps/s")
-            if trainer.iteration % args.checkpoint_interval == 0 and trainer.iteration < trainer.num_iterations:
-                save("reinforce", trainer=trainer.state_dict())
-        checkpoint.pop("trainer", None)
-        save("roll out", agent=agent.state_dict(), history=trainer.history, env_steps=trainer.env_steps)
-    agent.load_state_dict(checkpoint["agent"])
+    if run.stage in ("learn", "reinforce"):
+        run.train(Reinforce(args, job.train_env, agent), note)
+    agent.load_state_dict(run.checkpoint["agent"])
 
     # Roll out, keep successes
-    per_pattern, _ = rollout.evaluate(eval_env, agent.act, [0], args.eval_episodes, progress, "evaluate Reinforce")
-    success = per_pattern[0]["success_rate"]
-    progress.say(f"Reinforce: success {success:.0%}")
-    corpus = rollout.collect_corpus(eval_env, agent.act, [0], args.corpus_episodes, args.seed + 4, "gaussian_ppo", progress)
-    if not corpus:
-        raise UserError(f"no rollout succeeded, so there is no corpus to write; the logs are in {run}")
-    patterns = [e.attrs["pattern"] for e in corpus]
-    features = rollout.path_features(task, corpus)
-    distances = metrics.pairwise_dtw(features)
-    within, between = metrics.within_between(distances, patterns)
-    consistency = rollout.measure_consistency(eval_env, agent.act, [0], args.eval_episodes, args.demo_noise, args.seed + 5, progress)
-    rollout.write_corpus(run, task, corpus, "gaussian_ppo", demo_source, args.corpus_images, args.assets, progress)
-    rollout.plot_corpus(run, task, features, patterns, distances)
-    history = np.array([[0.0, learn_success], *checkpoint["history"]])
-    plots.plot_success(run / "figures" / "success.png", history[:, 0], history[:, 1:], [(0, "Reinforce")], task.language)
-    if videos:
-        rollout.make_videos(run, task, corpus, renderer, progress)
-    summary = {
-        "task": task.id,
-        "success_rate": success,
-        "per_pattern": per_pattern,
-        "diversity": metrics.diversity(features) | {"dtw_within": within, "dtw_between": between},
-        "smoothness": metrics.smoothness([e.proprio["ee_pos"] for e in corpus], [e.actions for e in corpus]),
-        "consistency": consistency,
-        "stages": {"learn": learn_success, "reinforce": success},
-        "corpus_episodes": len(corpus),
-        "env_steps": checkpoint["env_steps"],
-        "wall_seconds": checkpoint["seconds"] + time.time() - began,
-        "demos": demo_source,
-        "assets": task.assets,
-        "renderer": renderer,
-        "versions": versions(),
-    }
-    write_json(run / "summary.json", summary)
-    save("done")
-    writer.close()
-    progress.close()
-    progress.say(
-        f"done: {len(corpus)} trajectories, success {success:.0%}, "
-        f"mean pairwise distance {summary['diversity']['mean_pairwise_distance']:.2f}; see {run}"
+    _, summary = job.roll_out(agent.act, [0])
+    learn_success = run.checkpoint["learn_success"]
+    history = np.array([[0.0, learn_success], *run.checkpoint["history"]])
+    plots.plot_success(run.folder / "figures" / "success.png", history[:, 0], history[:, 1:], [(0, "Reinforce")], job.task.language)
+    run.finish(
+        summary | {"stages": {"learn": learn_success, "reinforce": summary["success_rate"]}},
+        f"{summary['corpus_episodes']} trajectories, success {summary['success_rate']:.0%}, "
+        f"mean pairwise distance {summary['diversity']['mean_pairwise_distance']:.2f}",
     )
+
+
+def note(logs: dict[str, float]) -> str:
+    """What the progress bar shows of an iteration."""
+    success = "--" if math.isnan(logs["charts/success"]) else f"{logs['charts/success']:.0%}"
+    return f"success {success} {logs['charts/SPS']:.0f} steps/s"
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
-"""What every command shares: one-line errors, files that appear whole, the cache folder, the usable cores."""
+"""What every command shares: one-line errors, flags with ranges, files that appear whole, the cache folder, the usable cores."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import sys
 import tempfile
+import typing
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 
 class UserError(Exception):
@@ -37,6 +41,50 @@ def run_command(main: Callable[[], None]) -> None:
 def _fail(message: str) -> int:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values of a number, written beside its field: `std_start: Annotated[float, Range(0.02, 1.5)] = 0.15`."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: float = -math.inf  # a bound that is not itself allowed
+    infinite: bool = False  # inf is allowed, too
+    zero: bool = False  # 0 is, too
+
+    def holds(self, value: float) -> bool:
+        inside = self.low <= value <= self.high and value > self.above and (self.infinite or abs(value) < math.inf)
+        return inside or (self.zero and value == 0)
+
+    def __str__(self) -> str:
+        if self.above > -math.inf:
+            return f"more than {self.above:g}"
+        bounds = f"at least {self.low:g}" if self.high == math.inf else f"between {self.low:g} and {self.high:g}"
+        return f"0 or {bounds}" if self.zero else bounds
+
+
+Count = Annotated[int, Range(1)]
+NotNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(above=0)]
+PositiveOrInf = Annotated[float, Range(above=0, infinite=True)]
+Fraction = Annotated[float, Range(0, 1)]
+
+
+def check_ranges(args: Any) -> None:
+    """Raise UserError if a number in a dataclass of flags is outside the Range beside its field; words ("auto") and None are let be."""
+
+    def ranges(hint: Any) -> Iterator[Range]:
+        if typing.get_origin(hint) is Annotated:
+            yield from (extra for extra in hint.__metadata__ if isinstance(extra, Range))
+        for part in typing.get_args(hint):
+            yield from ranges(part)
+
+    for name, hint in typing.get_type_hints(type(args), include_extras=True).items():
+        value = getattr(args, name)
+        for allowed in ranges(hint):
+            if isinstance(value, (int, float)) and not allowed.holds(value):
+                raise UserError(f"--{name.replace('_', '-')} must be {allowed}, not {value}")
 
 
 @contextlib.contextmanager

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from gymnasium.vector import AutoresetMode
 
 from common import metrics, plots
-from common.cli import UserError
+from common.cli import Count, NotNegative, Range, UserError, check_ranges
 from common.data import Episode, Recorder, read_episodes, write_episodes
-from common.libero import Task
+from common.libero import Task, load_task, make_env
 from common.libero.env import LiberoVectorEnv
 from common.libero.make import choose_backend
 from common.libero.observation import StateObservation, observe_states
@@ -21,7 +23,7 @@ from common.libero.pixels import PixelEnv
 from common.libero.render import add_images
 from common.libero.renderers import available, make_renderer
 from common.libero.tasks import find_human_demos
-from common.runs import Progress, choose_device, versions
+from common.runs import Progress, Run, choose_device, versions
 from common.video import write_video
 
 # Observations (as the environment returns them), patterns (N,) -> actions (N, 7). A policy that remembers (that is amid a chunk of
@@ -29,6 +31,138 @@ from common.video import write_video
 Policy = Callable[[np.ndarray, np.ndarray], np.ndarray]
 # At most so many environments evaluate and roll out the corpus: for 50 to 400 episodes, more would mostly idle.
 EVAL_ENVS = 64
+
+
+@dataclasses.dataclass
+class JobArgs:
+    """Flags that the RL scripts share: the task, where to run, demonstrations, and what is rolled out in the end."""
+
+    task: str = "libero_90/KITCHEN_SCENE1_put_the_black_bowl_on_the_plate"
+    """a LIBERO task: suite/index, suite/name, or any part of a name that is unique"""
+    assets: str | None = None
+    """LIBERO's asset folder, or standin (default: $LIBERO_ASSETS, else LIBERO's own, else a download, else stand-ins)"""
+    seed: Annotated[int, Range(0)] = 1
+    """seed of everything that is random"""
+    resume: str | None = None
+    """go on with the run in this folder, exactly where its last checkpoint left it"""
+    allow_mismatch: bool = False
+    """go on also where assets, demonstrations or MuJoCo's version are not those that the run was started with"""
+    run_folder: str = "runs"
+    """where runs are written"""
+    num_envs: Count = 32
+    """parallel environments"""
+    torch_threads: Count = 2
+    """threads of the learner (results are reproducible for a fixed number)"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto (CUDA, if there is a GPU; for few environments with states, cpu may be faster), cpu or cuda"""
+    backend: Literal["auto", "cpu", "warp"] = "auto"
+    """simulator: cpu (all cores), warp (MuJoCo Warp on --device) or auto (warp on a GPU from 256 environments on)"""
+    compile: bool = False
+    """compile acting and PPO's losses (CUDA)"""
+    checkpoint_interval: Count = 5
+    """PPO iterations between checkpoints: what a kill can lose at most"""
+    obs: Literal["state", "pixels"] = "state"
+    """what the policy sees: the simulator's state, or the third-person picture and proprioception"""
+    image_size: Annotated[int, Range(32, 512)] = 84
+    """pixels of a picture's side"""
+
+    # Demonstrations
+    demos: str = "auto"
+    """auto (LIBERO's human files if they are on disk, else scripted), scripted, or an HDF5 file in LIBERO's layout"""
+    num_demos: Count = 48
+    """scripted demonstrations to generate (cached)"""
+    demo_noise: NotNegative = 0.1
+    """action noise of scripted demonstrations (standard deviation, in units of the action range)"""
+
+    # Roll out
+    eval_episodes: Count = 50
+    """official init states to evaluate each pattern on (at most 50)"""
+    corpus_episodes: Count = 20
+    """successful trajectories a pattern in the corpus"""
+    corpus_images: Annotated[int, Range(32, 512, zero=True)] = 0
+    """also store pictures of so many pixels a side in the corpus, agentview's and the wrist's (0: none; common.libero.render adds them)"""
+    videos: bool = True
+    """one video a pattern, where pictures can be rendered"""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+class Job:
+    """What an RL script has at hand while it learns: its run, the task, environments, and demonstrations; and the rollouts in the end.
+
+    `train_env` resets itself, `eval_env` doesn't. Nothing is written before `begin`.
+    """
+
+    def __init__(self, script: str, cls: type):
+        self.run = run = Run(script, cls)
+        self.args = run.args = args = choose_devices(run.args)
+        torch.set_num_threads(args.torch_threads)
+        self.task = task = load_task(args.task, args.assets)
+        run.progress.say(f"task {task.id}: {task.language}; simulator {args.backend}, learner on {args.device}")
+        self.renderer, self.videos = find_renderer(args.obs, args.videos, args.corpus_images, run.progress)
+        how = {"obs": args.obs, "image_size": args.image_size, "backend": args.backend, "device": args.device}
+        self.train_env = make_env(task, args.num_envs, seed=args.seed, **how)
+        self.eval_env = make_env(task, min(args.num_envs, EVAL_ENVS), seed=args.seed, **how, autoreset_mode=AutoresetMode.DISABLED)
+        self.demos, self.demo_source = load_demos(args.demos, task, args.num_demos, args.demo_noise, args.seed, run.progress)
+
+    def begin(self) -> None:
+        """Begin the run, or go on with it."""
+        depends = {"assets": self.task.assets, "demonstrations": fingerprint(self.demos)}
+        self.run.open(self.task.id, depends, demos=self.demo_source, renderer=self.renderer)
+
+    def observed_demos(self) -> list:
+        """What the policy would have seen in the demonstrations; see `observe_demos`."""
+        return observe_demos(self.train_env, self.demos, self.run.progress)
+
+    def evaluate(self, policy: Policy, patterns: Sequence[int], stage: str) -> list[dict]:
+        """Success of each pattern from the official init states, rows of summary.json's `per_pattern`; and a line about it."""
+        rows, _ = evaluate(self.eval_env, policy, patterns, self.args.eval_episodes, self.run.progress, f"evaluate {stage}")
+        rates = [row["success_rate"] for row in rows]
+        each = f" ({', '.join(f'{rate:.0%}' for rate in rates)})" if len(rates) > 1 else ""
+        self.run.progress.say(f"{stage}: success {np.mean(rates):.0%}{each}")
+        return rows
+
+    def roll_out(self, policy: Policy, patterns: Sequence[int]) -> tuple[list[Episode], dict[str, Any]]:
+        """The trained policy's evaluation and its corpus, with figures and videos, into the run's folder.
+
+        Returns: the corpus, sorted by pattern, and what summary.json says of it.
+        """
+        run, args, task, env, progress = self.run, self.args, self.task, self.eval_env, self.run.progress
+        per_pattern = self.evaluate(policy, patterns, "Reinforce")
+        corpus = collect_corpus(env, policy, patterns, args.corpus_episodes, args.seed + 4, run.script, progress)
+        if not corpus:
+            raise UserError(f"no rollout succeeded, so there is no corpus to write; the logs are in {run.folder}")
+        commanded = [e.attrs["pattern"] for e in corpus]
+        features = path_features(task, corpus)
+        distances = metrics.pairwise_dtw(features)
+        within, between = metrics.within_between(distances, commanded)
+        consistency = measure_consistency(env, policy, patterns, args.eval_episodes, args.demo_noise, args.seed + 5, progress)
+        write_corpus(run.folder, task, corpus, run.script, self.demo_source, args.corpus_images, args.assets, progress)
+        plot_corpus(run.folder, task, features, commanded, distances)
+        if self.videos:
+            make_videos(run.folder, task, corpus, self.renderer, progress)
+        return corpus, {
+            "task": task.id,
+            "success_rate": float(np.mean([row["success_rate"] for row in per_pattern])),
+            "per_pattern": per_pattern,
+            "diversity": metrics.diversity(features) | {"dtw_within": within, "dtw_between": between},
+            "smoothness": metrics.smoothness([e.proprio["ee_pos"] for e in corpus], [e.actions for e in corpus]),
+            "consistency": consistency,
+            "corpus_episodes": len(corpus),
+            "env_steps": run.checkpoint["env_steps"],
+            "demos": self.demo_source,
+            "assets": task.assets,
+            "renderer": self.renderer,
+        }
+
+
+def fingerprint(episodes: Sequence[Episode]) -> str:
+    """Twelve hex digits over the actions and states of episodes, in their order."""
+    digest = hashlib.sha256()
+    for episode in episodes:
+        digest.update(episode.actions.tobytes() + episode.states.tobytes())
+    return digest.hexdigest()[:12]
 
 
 def choose_devices(args: Any) -> Any:

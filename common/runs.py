@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import importlib.metadata
 import io
 import json
 import math
 import platform
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +28,16 @@ def versions() -> dict[str, str]:
     """Versions that a result depends on, and the git revision of the code."""
     packages = ("torch", "numpy", "mujoco", "hf-libero", "robosuite", "gymnasium")
     found = {name: importlib.metadata.version(name) for name in packages}
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[1]
     try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
-        revision = git.stdout.strip()
+        git = [
+            subprocess.run(["git", *words], cwd=root, capture_output=True, text=True).stdout.strip()
+            for words in (["rev-parse", "--show-toplevel"], ["describe", "--always", "--dirty"])
+        ]
     except FileNotFoundError:
-        revision = ""
-    return {"python": platform.python_version(), **found, "revision": revision or "unknown"}
+        git = ["", ""]
+    ours = git[0] and Path(git[0]) == root  # not another repository's, in which this folder lies
+    return {"python": platform.python_version(), **found, "revision": git[1] if ours and git[1] else "unknown"}
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -85,23 +91,20 @@ def read_finished(run: Path) -> tuple[dict, dict]:
 def stored_args(cls: type, stored: dict):
     """A script's arguments (a `cls`) from those in a config.json, which may be of a version with other flags."""
     names = {f.name for f in dataclasses.fields(cls)}
-    return cls(**{name: value for name, value in stored.items() if name in names})
+    # JSON has no infinity: `Run` writes it as a word
+    return cls(**{name: float(value) if value == "inf" else value for name, value in stored.items() if name in names})
 
 
-AFTER_TRAINING = ("corpus_episodes", "corpus_images", "videos")  # flags that may change when a run is resumed
+AFTER_TRAINING = ("corpus_episodes", "corpus_images", "videos", "allow_mismatch")  # flags that may change when a run is resumed
 
 
 def resumed_args(run: Path, script: str, cls: type):
     """The arguments (a `cls`) of the run in folder `run`. A flag on the command line that differs from the run's is an error, but for
     those that matter only after training: a finished run can be resumed for a larger corpus. config.json stays as it was."""
-    try:
-        config = json.loads((run / "config.json").read_text())
-        stored = dict(config["args"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run} is not a run folder that can be resumed: no readable config.json in it") from error
+    config = read_config(run)
     if config.get("script") != script:
         raise UserError(f"{run} is a run of {config.get('script')}, not of {script}; resume it with that script")
-    started = stored_args(cls, stored | {"resume": str(run)})
+    started = stored_args(cls, config["args"] | {"resume": str(run)})
     given = tyro.cli(cls, default=started)  # the run's arguments, but for what the command line says
     for name in (f.name for f in dataclasses.fields(cls)):
         then, now = getattr(started, name), getattr(given, name)
@@ -109,6 +112,167 @@ def resumed_args(run: Path, script: str, cls: type):
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{run} was started with {flag} {then}, not {now}; resume it without {flag}, or start a new run")
     return given
+
+
+def read_config(run: Path) -> dict:
+    """config.json of a run, finished or not."""
+    try:
+        config = json.loads((run / "config.json").read_text())
+        config["args"] = dict(config["args"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run} is not a run folder that can be resumed: no readable config.json in it") from error
+    return config
+
+
+class Run:
+    """One run of a script: its arguments, folder, checkpoint, log and progress. It can be stopped at any time and continued exactly.
+
+        run = Run("gaussian_ppo", Args)                           # the command line; with --resume, the run's own arguments
+        run.open(task.id, depends={"assets": task.assets}, ...)   # a new folder with config.json, or the old one's checkpoint
+        if run.stage == "start":
+            ...
+            run.save("learn", agent=agent.state_dict())
+        agent.load_state_dict(run.checkpoint["agent"])
+
+    `args` needs the fields `resume`, `run_folder`, `seed` and `allow_mismatch`. SIGTERM, which Slurm sends before it kills, ends the
+    process with code 143; `train` first saves what it has.
+    """
+
+    def __init__(self, script: str, cls: type):
+        self.script, self.args, self.progress = script, tyro.cli(cls), Progress()
+        self.folder = Path(self.args.resume) if self.args.resume else None
+        if self.folder is not None:
+            self.args = resumed_args(self.folder, script, cls)
+        self.checkpoint: dict[str, Any] = {"script": script, "stage": "start", "seconds": 0.0}
+        self.began = time.time()
+        self.training = self.stopping = False
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def open(self, name: str, depends: dict[str, Any], **config) -> None:
+        """Begin the run, or go on with it, if --resume says so.
+
+        Args:
+            name: what it is of (a task id), for the folder.
+            depends: what must be the same when the run is continued, by name; UserError where it isn't (--allow-mismatch goes on).
+            config: what else config.json records.
+        """
+        found = versions()
+        depends = {**depends, "mujoco": found["mujoco"]}
+        if self.folder is None:
+            self.folder = make_run(self.args.run_folder, name, self.script, self.args)
+            args = {k: "inf" if v == math.inf else v for k, v in dataclasses.asdict(self.args).items()}
+            write_json(self.folder / "config.json", {"script": self.script, "args": args, "versions": found, **depends, **config})
+            self._lock()
+            self.checkpoint["name"] = name
+            save_checkpoint(self.folder / "checkpoint.pt", self.checkpoint)
+        else:
+            self._compare(read_config(self.folder), depends, found["torch"])
+            self._lock()
+            self.checkpoint = load_checkpoint(self.folder / "checkpoint.pt", self.script)
+            if (found_name := self.checkpoint.get("name", name)) != name:
+                raise UserError(f"{self.folder / 'checkpoint.pt'} is not this run's: it is of {found_name}")
+            self.progress.say(f"resuming after stage {self.stage!r}")
+        self.progress.say(f"run folder {self.folder}")
+        from torch.utils.tensorboard import SummaryWriter  # which takes a second, and few that import this module need
+
+        # what was logged after the checkpoint is logged again
+        again = self.checkpoint["env_steps"] + 1 if "env_steps" in self.checkpoint else 0 if self.stage == "start" else None
+        self.writer = SummaryWriter(str(self.folder), purge_step=again if self.args.resume else None)
+
+    def _compare(self, config: dict, depends: dict[str, Any], torch_version: str) -> None:
+        for name, now in depends.items():
+            then = config.get(name, now)
+            if then != now and not self.args.allow_mismatch:
+                raise UserError(
+                    f"{self.folder} was started with {name} {then}, and here it is {now}; restore that, or go on all the same with "
+                    "--allow-mismatch"
+                )
+        if (then := config.get("versions", {}).get("torch", torch_version)) != torch_version:
+            self.progress.say(f"warning: the run was started with torch {then}, and goes on with {torch_version}")
+
+    def _lock(self) -> None:
+        """Keep other processes out of the folder as long as this one lives, by a lock on config.json, which is never replaced."""
+        self._locked = open(self.folder / "config.json")  # noqa: SIM115  (it stays open)
+        try:
+            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is working on {self.folder}; wait for it, or stop it") from error
+        except OSError as error:  # a file system without locks
+            self.progress.say(f"warning: {self.folder} cannot be locked against other processes ({error.strerror})")
+
+    def _on_sigterm(self, *_) -> None:
+        if not self.training:
+            sys.exit(143)
+        self.stopping = True
+
+    @property
+    def stage(self) -> str:
+        """The last stage that is done; "reinforce" is amid PPO."""
+        return self.checkpoint["stage"]
+
+    @property
+    def seconds(self) -> float:
+        """What the run has taken so far, of all the times that it was started."""
+        return self.checkpoint["seconds"] + time.time() - self.began
+
+    def save(self, stage: str, **content) -> None:
+        """Keep `content` beside what the checkpoint holds, and that `stage` is done."""
+        self.checkpoint.update(content, stage=stage, seconds=self.seconds)
+        self.began = time.time()
+        save_checkpoint(self.folder / "checkpoint.pt", self.checkpoint)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Scalars for TensorBoard. UserError if a loss is not finite: what was learned since would be worthless."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+            if name.endswith("loss") and not math.isfinite(value):
+                self.writer.flush()
+                raise UserError(
+                    f"{name} is {value} at step {step}: training has diverged; start a new run with a lower learning rate. The last "
+                    f"checkpoint of {self.folder} is from before"
+                )
+
+    def ticker(self, stage: str, total: int, note: str, each: int = 1) -> Callable[[int, dict[str, float]], None]:
+        """A function (step, values) to call after each of `total` steps, or after each `each` of them, which logs the values and shows
+        them as `note`, a format of their names with / as _: "held-out loss {learn_held_out_loss:.2f}"."""
+        self.progress.stage(stage, total)
+
+        def tick(step: int, values: dict[str, float]) -> None:
+            self.log(values, step)
+            self.progress.update(each, note.format(**{name.replace("/", "_"): value for name, value in values.items()}))
+
+        return tick
+
+    def train(self, trainer, note: Callable[[dict[str, float]], str]) -> None:
+        """Run a trainer's iterations to their end, from where the checkpoint has it, saving every `checkpoint_interval`.
+
+        A trainer has `iteration`, `num_iterations`, `env_steps`, `run_iteration()`, which returns what to log, and a state dict.
+        `note` makes the progress line of what is logged.
+        """
+        if self.stage == "reinforce":
+            trainer.load_state_dict(self.checkpoint["trainer"])
+        self.progress.stage("Reinforce", trainer.num_iterations, trainer.iteration)
+        self.training = True
+        while trainer.iteration < trainer.num_iterations:
+            logs = trainer.run_iteration()
+            self.log(logs, trainer.env_steps)
+            self.progress.update(1, note(logs))
+            due = trainer.iteration % self.args.checkpoint_interval == 0 and trainer.iteration < trainer.num_iterations
+            if due or self.stopping:
+                self.save("reinforce", trainer=trainer.state_dict(), env_steps=trainer.env_steps)
+            if self.stopping:
+                sys.exit(143)
+        self.training = False
+        self.checkpoint.pop("trainer", None)
+        self.save("roll out", agent=trainer.agent.state_dict(), history=trainer.history, env_steps=trainer.env_steps)
+
+    def finish(self, summary: dict[str, Any], line: str) -> None:
+        """Write summary.json, with how long it took and the versions, and say goodbye."""
+        write_json(self.folder / "summary.json", summary | {"wall_seconds": self.seconds, "versions": versions()})
+        self.save("done")
+        self.writer.close()
+        self.progress.close()
+        self.progress.say(f"done: {line}; see {self.folder}")
 
 
 def save_checkpoint(path: Path, content: dict) -> None:

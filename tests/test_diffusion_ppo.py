@@ -676,12 +676,12 @@ def test_wrong_flag_values(capsys, tmp_path, flags, message):
     [
         ({}, "--chunk 8", "was started with --chunk 2, not 8"),
         ({"script": "gaussian_ppo"}, "", "is a checkpoint of gaussian_ppo, not of diffusion_ppo"),
-        ({"task": "libero_goal/turn_on_the_stove"}, "", "is not this run's: it is of libero_goal/turn_on_the_stove"),
+        ({"name": "libero_goal/turn_on_the_stove"}, "", "is not this run's: it is of libero_goal/turn_on_the_stove"),
     ],
     ids=["another flag", "another script", "another task"],
 )
 def test_runs_that_cannot_be_resumed(capsys, tmp_path, drawer_task, demos, monkeypatch, content, flags, message):
-    monkeypatch.setattr(diffusion_ppo, "load_task", lambda *_: drawer_task)
+    monkeypatch.setattr(rollout, "load_task", lambda *_: drawer_task)
     run = stopped_run(diffusion_ppo, tmp_path, demos, drawer_task, content)
     line = refused(diffusion_ppo, capsys, tmp_path, "--resume", run, *flags.split())
     assert message in line and str(run) in line

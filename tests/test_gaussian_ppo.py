@@ -19,7 +19,7 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 import diffusion_ppo
 import dlr_discover
 import gaussian_ppo
-from common import rollout
+from common import rollout, runs
 from common.cli import UserError, run_command
 from common.data import check_file, read_attrs, read_episodes
 from common.libero import make_env
@@ -53,24 +53,22 @@ def options(script: str) -> dict[str, tuple[str, str]]:
     return found
 
 
-PATTERNS = {"videos", "eval_episodes", "corpus_episodes"}  # texts that speak of patterns
 CHAIN = {"actor_lr", "clip_coef", "std_start", "std_end"}  # what has another size or meaning for a chain of denoising steps
 
 
 @pytest.mark.parametrize(
     "script, other, excepted",
     [
-        ("gaussian_ppo", "dlr_discover", PATTERNS),
-        ("diffusion_ppo", "dlr_discover", PATTERNS | CHAIN | {"kl_coef"}),
+        ("gaussian_ppo", "dlr_discover", set()),
+        ("diffusion_ppo", "dlr_discover", CHAIN | {"kl_coef"}),
         ("diffusion_ppo", "gaussian_ppo", CHAIN),
     ],
 )
 def test_shared_options_are_the_same_in_every_script(script, other, excepted):
     mine, theirs = options(script), options(other)
     shared = mine.keys() & theirs.keys()
-    assert len(shared) >= 32 and excepted | {"device", "backend", "compile"} <= shared
+    assert len(shared) >= 18 and excepted <= shared
     assert {name for name in shared if mine[name] != theirs[name]} == excepted
-    assert {name for name in shared if mine[name][0] != theirs[name][0]} <= excepted - PATTERNS
     if script == "gaussian_ppo":
         assert mine.keys() <= theirs.keys()  # it has nothing of its own
 
@@ -431,7 +429,7 @@ def killed_run(script, flags, at: int) -> None:
             raise Killed
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(script, "save_checkpoint", save_and_die)
+        patch.setattr(runs, "save_checkpoint", save_and_die)
         run_main(script, *flags)
 
 
@@ -529,14 +527,14 @@ def test_wrong_flag_values(capsys, tmp_path, flags, message):
 
 
 def test_missing_demonstrations(capsys, tmp_path, drawer_task, monkeypatch):
-    monkeypatch.setattr(gaussian_ppo, "load_task", lambda *_: drawer_task)
+    monkeypatch.setattr(rollout, "load_task", lambda *_: drawer_task)
     line = refused(gaussian_ppo, capsys, tmp_path, *job(tmp_path / "none.hdf5", tmp_path / "runs"))
     assert "no such file" in line and str(tmp_path / "none.hdf5") in line
 
 
 def test_no_success_no_corpus(demos, tmp_path, drawer_task, monkeypatch, capsys):
-    monkeypatch.setattr(gaussian_ppo, "load_task", lambda *_: drawer_task)
-    monkeypatch.setattr(gaussian_ppo, "make_env", lambda *args, **kwargs: make_env(*args, max_steps=3, **kwargs))  # nobody is so quick
+    monkeypatch.setattr(rollout, "load_task", lambda *_: drawer_task)
+    monkeypatch.setattr(rollout, "make_env", lambda *args, **kwargs: make_env(*args, max_steps=3, **kwargs))  # nobody is so quick
     with pytest.raises(SystemExit) as exit_:
         run_main(gaussian_ppo, *job(demos, tmp_path / "runs", "--learn-epochs", "1", "--total-steps", "64"))
     (run,) = (tmp_path / "runs").iterdir()
@@ -550,7 +548,7 @@ def stopped_run(script, folder: Path, demos, task, content: dict) -> Path:
     args = script.Args(task="libero_goal/0", demos=str(demos), run_folder=str(folder / "runs"))
     run, name = folder / "runs" / "stopped", script.__name__
     write_json(run / "config.json", {"script": name, "args": dataclasses.asdict(args)})
-    save_checkpoint(run / "checkpoint.pt", {"script": name, "task": task.id, "stage": "learn"} | content)
+    save_checkpoint(run / "checkpoint.pt", {"script": name, "name": task.id, "stage": "learn"} | content)
     return run
 
 
@@ -559,18 +557,18 @@ def stopped_run(script, folder: Path, demos, task, content: dict) -> Path:
     [
         ({}, "--hidden 64", "was started with --hidden 256, not 64"),
         ({"script": "dlr_discover"}, "", "is a checkpoint of dlr_discover, not of gaussian_ppo"),
-        ({"task": "libero_goal/turn_on_the_stove"}, "", "is not this run's: it is of libero_goal/turn_on_the_stove"),
+        ({"name": "libero_goal/turn_on_the_stove"}, "", "is not this run's: it is of libero_goal/turn_on_the_stove"),
     ],
     ids=["another flag", "another script", "another task"],
 )
 def test_runs_that_cannot_be_resumed(capsys, tmp_path, drawer_task, demos, monkeypatch, content, flags, message):
-    monkeypatch.setattr(gaussian_ppo, "load_task", lambda *_: drawer_task)
+    monkeypatch.setattr(rollout, "load_task", lambda *_: drawer_task)
     run = stopped_run(gaussian_ppo, tmp_path, demos, drawer_task, content)
     line = refused(gaussian_ppo, capsys, tmp_path, "--resume", run, *flags.split())
     assert message in line and str(run) in line
 
 
-def test_validate_accepts_the_defaults():
-    gaussian_ppo.validate(Args())
-    with pytest.raises(UserError):
-        gaussian_ppo.validate(Args(seed=-1))
+def test_flags_are_checked_wherever_they_come_from():
+    Args()
+    with pytest.raises(UserError, match="--seed must be at least 0, not -1"):
+        Args(seed=-1)

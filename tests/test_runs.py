@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -23,7 +24,18 @@ from common import rollout, runs
 from common.cli import UserError, atomic_path, run_command
 from common.data import check_file, image_names, read_attrs
 from common.libero import make_env
-from common.runs import Progress, load_checkpoint, make_run, resumed_args, rng_state, save_checkpoint, set_rng_state, versions, write_json
+from common.runs import (
+    Progress,
+    Run,
+    load_checkpoint,
+    make_run,
+    resumed_args,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+    versions,
+    write_json,
+)
 
 
 @dataclasses.dataclass
@@ -229,6 +241,148 @@ def test_resume_errors(tmp_path, resumed):
         (run / "config.json").write_text(text)
         with pytest.raises(UserError, match="not a run folder"):
             resumed()
+
+
+@dataclasses.dataclass
+class JobArgs(Args):
+    run_folder: str = "runs"
+    allow_mismatch: bool = False
+    checkpoint_interval: int = 1
+    target_kl: float = 1.0
+
+
+@pytest.fixture
+def begin(tmp_path, monkeypatch):
+    """Begin or resume a run with these flags, on assets "a"."""
+
+    def begin(*flags, assets="a", name="suite/task"):
+        monkeypatch.setattr(sys, "argv", ["dlr_discover.py", "--run-folder", str(tmp_path / "runs"), *map(str, flags)])
+        run = Run("dlr_discover", JobArgs)
+        run.open(name, depends={"assets": assets}, demos="scripted")
+        return run
+
+    handler = signal.getsignal(signal.SIGTERM)
+    yield begin
+    signal.signal(signal.SIGTERM, handler)
+
+
+def let_go(run: Run) -> Run:
+    """As if its process had ended."""
+    run.writer.close()
+    run._locked.close()
+    return run
+
+
+def test_a_run_is_continued_with_what_it_was_started_with(begin):
+    run = let_go(begin("--target-kl", "inf", "--seed", "4"))
+    run.save("learn", found=np.arange(3))
+    again = let_go(begin("--resume", run.folder))
+    assert (again.folder, again.stage, again.args.seed, again.args.target_kl) == (run.folder, "learn", 4, math.inf)
+    np.testing.assert_array_equal(again.checkpoint["found"], [0, 1, 2])
+    config = json.loads((run.folder / "config.json").read_text())
+    assert (config["assets"], config["demos"], config["script"]) == ("a", "scripted", "dlr_discover")
+
+
+def test_a_run_is_not_continued_on_other_assets_or_mujoco(begin, monkeypatch, capsys):
+    run = let_go(begin())
+    with pytest.raises(UserError, match="was started with assets a, and here it is b; .*--allow-mismatch") as error:
+        begin("--resume", run.folder, assets="b")
+    assert str(run.folder) in str(error.value)
+    let_go(begin("--resume", run.folder, "--allow-mismatch", assets="b"))
+    monkeypatch.setattr(runs, "versions", lambda: versions() | {"mujoco": "9.9.9", "torch": "9.9"})
+    with pytest.raises(UserError, match="was started with mujoco .*, and here it is 9.9.9"):
+        begin("--resume", run.folder)
+    let_go(begin("--resume", run.folder, "--allow-mismatch"))
+    assert "goes on with 9.9" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_share_a_run(begin):
+    run = begin()
+    with pytest.raises(UserError, match="another process is working on"):
+        begin("--resume", run.folder)
+    let_go(run)
+    let_go(begin("--resume", run.folder))
+
+
+class Counting:
+    """A trainer of 5 iterations that counts; `at` its second one, something happens."""
+
+    num_iterations, agent = 5, torch.nn.Linear(1, 1)
+
+    def __init__(self, at=lambda: None):
+        self.iteration, self.history, self.at = 0, [], at
+
+    @property
+    def env_steps(self):
+        return 10 * self.iteration
+
+    def run_iteration(self):
+        self.iteration += 1
+        self.history.append(self.iteration)
+        return {"losses/value_loss": (self.at() if self.iteration == 2 else None) or 0.5}
+
+    def state_dict(self):
+        return {"iteration": self.iteration, "history": self.history}
+
+    def load_state_dict(self, state):
+        self.iteration, self.history = state["iteration"], state["history"]
+
+
+def test_sigterm_ends_a_run_with_its_work_saved(begin):
+    run = begin("--checkpoint-interval", "100")
+    with pytest.raises(SystemExit) as exit_:
+        run.train(Counting(at=lambda: signal.raise_signal(signal.SIGTERM)), lambda logs: "")
+    assert exit_.value.code == 143
+    again = begin("--resume", let_go(run).folder)
+    assert again.checkpoint["trainer"]["iteration"] == 2
+    again.train(trainer := Counting(), lambda logs: "")
+    assert trainer.history == [1, 2, 3, 4, 5] and again.stage == "roll out" and again.checkpoint["env_steps"] == 50
+    with pytest.raises(SystemExit) as exit_:  # at other times, at once
+        signal.raise_signal(signal.SIGTERM)
+    assert exit_.value.code == 143
+    let_go(again)
+
+
+def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(begin):
+    run = begin()
+    with pytest.raises(UserError, match=r"losses/value_loss is nan at step 20: training has diverged.*lower learning rate"):
+        run.train(Counting(at=lambda: math.nan), lambda logs: "")
+    assert load_checkpoint(let_go(run).folder / "checkpoint.pt", "dlr_discover")["trainer"]["iteration"] == 1
+
+
+def test_a_resumed_run_logs_each_step_once(begin):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = begin("--checkpoint-interval", "2")
+    with pytest.raises(RuntimeError):
+        fail_at(run, 4)
+    again = begin("--resume", let_go(run).folder)
+    again.train(Counting(), lambda logs: "")
+    events = EventAccumulator(str(let_go(again).folder))
+    events.Reload()
+    assert [event.step for event in events.Scalars("losses/value_loss")] == [10, 20, 30, 40, 50]
+
+
+def fail_at(run: Run, iteration: int) -> None:
+    """Train, and be killed after `iteration` was logged and before it is saved."""
+    trainer = Counting()
+
+    def note(logs):
+        if trainer.iteration == iteration:
+            raise RuntimeError
+        return ""
+
+    run.train(trainer, note)
+
+
+def test_revision_is_not_another_repositorys(tmp_path, monkeypatch):
+    """A copy of the code inside somebody's repository doesn't record that repository's revision."""
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    commit = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "theirs"]
+    subprocess.run(commit, cwd=tmp_path, check=True)
+    (tmp_path / "copy" / "common").mkdir(parents=True)
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "copy" / "common" / "runs.py"))
+    assert versions()["revision"] == "unknown"
 
 
 def test_versions_name_what_results_depend_on():
