@@ -69,7 +69,7 @@ class Args(rollout.JobArgs):
     """Gaussian noise on cloned observations, in units of their standard deviation: teaches the way back to the demonstrations"""
     hidden: Count = 256
     """width of the hidden layers"""
-    ema_decay: Annotated[float, Range(0, 0.9999)] = 0.995
+    ema_decay: Annotated[float, Range(0, below=1)] = 0.995
     """decay of the moving average of the weights, which is what behaviour cloning ends with"""
 
     # Reinforce

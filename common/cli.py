@@ -49,18 +49,20 @@ class Range:
 
     low: float = -math.inf
     high: float = math.inf
-    above: float = -math.inf  # a bound that is not itself allowed
+    above: float = -math.inf  # bounds that are not themselves allowed
+    below: float = math.inf
     infinite: bool = False  # inf is allowed, too
     zero: bool = False  # 0 is, too
 
     def holds(self, value: float) -> bool:
-        inside = self.low <= value <= self.high and value > self.above and (self.infinite or abs(value) < math.inf)
-        return inside or (self.zero and value == 0)
+        inside = self.low <= value <= self.high and self.above < value < self.below
+        return inside or (self.infinite and value == math.inf) or (self.zero and value == 0)
 
     def __str__(self) -> str:
         if self.above > -math.inf:
             return f"more than {self.above:g}"
         bounds = f"at least {self.low:g}" if self.high == math.inf else f"between {self.low:g} and {self.high:g}"
+        bounds += f" and less than {self.below:g}" if self.below < math.inf else ""
         return f"0 or {bounds}" if self.zero else bounds
 
 
