@@ -36,7 +36,6 @@ from common.data import Episode
 from common.libero.env import LiberoVectorEnv
 from common.libero.observation import observe_states
 from common.networks import Normalizer, PixelEncoder, compiled, make_obs_encoder, mlp, random_shift
-from common.runs import rng_state, set_rng_state
 from common.tensors import TensorDict, join, obs_buffer, to_tensor
 
 
@@ -493,14 +492,16 @@ class Curriculum:
             self.progress = min(1.0, self.progress + 0.1)
 
 
-class Reinforce:
+class Reinforce(rollout.Trainer):
     """PPO with all patterns together, one pattern an episode, warm-started from Learn; can be stopped and continued exactly."""
+
+    parts = ("agent", "reference", "optimizer", "bonus_encoder", "bonus_optimizer")
 
     def __init__(self, args: Args, env: LiberoVectorEnv, agent: Agent, encoder: PatternEncoder, alive: list[int], curriculum=None):
         if len(alive) == 1:  # no other pattern to keep apart from: Theorem 1's leash off, as in the paper's O2O-RL baseline
             args = dataclasses.replace(args, kl_coef=0.0, target_kl=math.inf)
-        self.args, self.env, self.agent, self.encoder = args, env, agent, encoder
-        self.alive, self.curriculum = np.array(alive), curriculum
+        super().__init__(args, env, agent)
+        self.encoder, self.alive, self.curriculum = encoder, np.array(alive), curriculum
         self.reference = copy.deepcopy(agent).requires_grad_(False)  # the Learn policy
         self.bonus_encoder = copy.deepcopy(encoder).requires_grad_(args.mi_encoder == "onpolicy").to(agent.device)
         agent.log_std.requires_grad_(False)
@@ -512,12 +513,8 @@ class Reinforce:
             eps=1e-5,
         )
         self.bonus_optimizer = torch.optim.Adam(self.bonus_encoder.parameters(), lr=1e-3)
-        self.num_iterations = max(1, args.total_steps // (args.num_steps * env.num_envs))
-        self.iteration = 0
         self.rng = np.random.default_rng(args.seed + 2)
-        torch.manual_seed(args.seed + 2)
         self.outcomes = [deque(maxlen=50) for _ in range(agent.num_patterns)]  # last episodes of each pattern
-        self.history: list[list[float]] = []  # environment steps, then success per pattern
         self.z = self.rng.choice(self.alive, env.num_envs)
         self.bonus_sums = np.zeros(env.num_envs)
         self.obs, _ = env.reset(seed=args.seed)
@@ -599,8 +596,7 @@ class Reinforce:
                 loss.backward()
                 self.bonus_optimizer.step()
         self.iteration += 1
-        settled = self.iteration * args.num_steps >= env.max_steps  # before that, only successes have had time to end
-        success = [np.mean(o) if o and settled else np.nan for o in self.outcomes]
+        success = [np.mean(o) if o and self.settled else np.nan for o in self.outcomes]
         known = [success[k] for k in self.alive if not np.isnan(success[k])]
         mean_success = float(np.mean(known)) if known else np.nan
         if self.curriculum is not None and known:
@@ -624,41 +620,18 @@ class Reinforce:
         per_pattern = {f"patterns/success_{k}": success[k] for k in self.alive if not np.isnan(success[k])}
         return charts | per_pattern | {f"losses/{name}": value for name, value in losses.items()}
 
-    @property
-    def env_steps(self) -> int:
-        return self.iteration * self.args.num_steps * self.env.num_envs
-
     def state_dict(self) -> dict:
-        """Everything that the rest of the training depends on."""
-        return {
-            "agent": self.agent.state_dict(),
-            "reference": self.reference.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "bonus_encoder": self.bonus_encoder.state_dict(),
-            "bonus_optimizer": self.bonus_optimizer.state_dict(),
-            "iteration": self.iteration,
-            "history": self.history,
-            "outcomes": [list(o) for o in self.outcomes],
-            "z": self.z,
-            "bonus_sums": self.bonus_sums,
-            "env": self.env.snapshot(),
-            "rng": self.rng.bit_generator.state,
-            "torch_rng": rng_state(self.agent.device),
-            "curriculum": None if self.curriculum is None else [self.curriculum.progress, self.curriculum.rng.bit_generator.state],
-        }
+        curriculum = self.curriculum and [self.curriculum.progress, self.curriculum.rng.bit_generator.state]
+        own = {"z": self.z, "bonus_sums": self.bonus_sums, "rng": self.rng.bit_generator.state, "curriculum": curriculum}
+        return super().state_dict() | own | {"outcomes": [list(o) for o in self.outcomes]}
 
     def load_state_dict(self, state: dict) -> None:
-        for name in ("agent", "reference", "optimizer", "bonus_encoder", "bonus_optimizer"):
-            getattr(self, name).load_state_dict(state[name])
-        self.iteration, self.history = state["iteration"], state["history"]
+        super().load_state_dict(state)
         self.outcomes = [deque(o, maxlen=50) for o in state["outcomes"]]
         self.z, self.bonus_sums = state["z"].numpy(), state["bonus_sums"].numpy()
         self.rng.bit_generator.state = state["rng"]
         if self.curriculum is not None:
             self.curriculum.progress, self.curriculum.rng.bit_generator.state = state["curriculum"]
-        self.env.restore(state["env"])
-        self.obs = self.env.observations()
-        set_rng_state(state["torch_rng"], self.agent.device)
 
 
 # ---------------------------------------------------------------------------------------------- the whole job

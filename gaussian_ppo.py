@@ -33,7 +33,6 @@ from common import plots, rollout
 from common.cli import Count, Fraction, NotNegative, Positive, PositiveOrInf, Range, UserError, run_command
 from common.libero.env import LiberoVectorEnv
 from common.networks import Normalizer, PixelEncoder, compiled, make_obs_encoder, mlp, random_shift
-from common.runs import rng_state, set_rng_state
 from common.tensors import TensorDict, join, obs_buffer, to_tensor
 
 
@@ -247,11 +246,13 @@ def ppo_update(args: Args, agent: Agent, optimizer, batch: dict, train_actor: bo
     return {name: float(np.mean(values)) for name, values in logs.items()} | {"updates": len(logs.get("policy_loss", []))}
 
 
-class Reinforce:
+class Reinforce(rollout.Trainer):
     """PPO, warm-started from Learn; can be stopped and continued exactly."""
 
+    parts = ("agent", "reference", "optimizer")
+
     def __init__(self, args: Args, env: LiberoVectorEnv, agent: Agent):
-        self.args, self.env, self.agent = args, env, agent
+        super().__init__(args, env, agent)
         self.reference = copy.deepcopy(agent).requires_grad_(False)  # the Learn policy
         agent.log_std.requires_grad_(False)
         self.optimizer = torch.optim.Adam(
@@ -261,11 +262,7 @@ class Reinforce:
             ],
             eps=1e-5,
         )
-        self.num_iterations = max(1, args.total_steps // (args.num_steps * env.num_envs))
-        self.iteration = 0
-        torch.manual_seed(args.seed + 2)
         self.outcomes: deque[float] = deque(maxlen=50)  # success of the last episodes
-        self.history: list[list[float]] = []  # environment steps, then success
         self.obs, _ = env.reset(seed=args.seed)
 
     def run_iteration(self) -> dict[str, float]:
@@ -314,8 +311,7 @@ class Reinforce:
         }
         losses = ppo_update(args, agent, self.optimizer, batch, train_actor=self.iteration >= args.critic_warmup)
         self.iteration += 1
-        settled = self.iteration * args.num_steps >= env.max_steps  # before that, only successes have had time to end
-        success = float(np.mean(self.outcomes)) if self.outcomes and settled else math.nan
+        success = float(np.mean(self.outcomes)) if self.outcomes and self.settled else math.nan
         self.history.append([self.env_steps, success])
         variance = returns.var()
         charts = {
@@ -330,31 +326,12 @@ class Reinforce:
         }
         return charts | {f"losses/{name}": value for name, value in losses.items()}
 
-    @property
-    def env_steps(self) -> int:
-        return self.iteration * self.args.num_steps * self.env.num_envs
-
     def state_dict(self) -> dict:
-        """Everything that the rest of the training depends on."""
-        return {
-            "agent": self.agent.state_dict(),
-            "reference": self.reference.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "iteration": self.iteration,
-            "history": self.history,
-            "outcomes": list(self.outcomes),
-            "env": self.env.snapshot(),
-            "torch_rng": rng_state(self.agent.device),
-        }
+        return super().state_dict() | {"outcomes": list(self.outcomes)}
 
     def load_state_dict(self, state: dict) -> None:
-        for name in ("agent", "reference", "optimizer"):
-            getattr(self, name).load_state_dict(state[name])
-        self.iteration, self.history = state["iteration"], state["history"]
+        super().load_state_dict(state)
         self.outcomes = deque(state["outcomes"], maxlen=50)
-        self.env.restore(state["env"])
-        self.obs = self.env.observations()
-        set_rng_state(state["torch_rng"], self.agent.device)
 
 
 # ---------------------------------------------------------------------------------------------- the whole job

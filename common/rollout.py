@@ -23,7 +23,7 @@ from common.libero.pixels import PixelEnv
 from common.libero.render import add_images
 from common.libero.renderers import available, make_renderer
 from common.libero.tasks import find_human_demos
-from common.runs import Progress, Run, choose_device, versions
+from common.runs import Progress, Run, choose_device, rng_state, set_rng_state, versions
 from common.video import write_video
 
 # Observations (as the environment returns them), patterns (N,) -> actions (N, 7). A policy that remembers (that is amid a chunk of
@@ -155,6 +155,48 @@ class Job:
             "assets": task.assets,
             "renderer": self.renderer,
         }
+
+
+class Trainer:
+    """What PPO's trainers share that is not PPO: how far they are, and all that an exact continuation needs.
+
+    Subclasses have an optimizer, and name in `parts` what else of theirs has a state dict.
+    """
+
+    parts: tuple[str, ...] = ("agent", "optimizer")
+
+    def __init__(self, args: JobArgs, env: LiberoVectorEnv, agent: torch.nn.Module):
+        self.args, self.env, self.agent = args, env, agent
+        self.num_iterations = max(1, args.total_steps // (args.num_steps * env.num_envs))
+        self.iteration = 0
+        self.history: list[list[float]] = []  # environment steps, then success (of each pattern)
+        torch.manual_seed(args.seed + 2)
+
+    @property
+    def env_steps(self) -> int:
+        return self.iteration * self.args.num_steps * self.env.num_envs
+
+    @property
+    def settled(self) -> bool:
+        """Whether failures have had time to end, too: before that, success says nothing."""
+        return self.iteration * self.args.num_steps >= self.env.max_steps
+
+    def state_dict(self) -> dict:
+        """Everything that the rest of the training depends on."""
+        return {name: getattr(self, name).state_dict() for name in self.parts} | {
+            "iteration": self.iteration,
+            "history": self.history,
+            "env": self.env.snapshot(),
+            "torch_rng": rng_state(self.agent.device),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in self.parts:
+            getattr(self, name).load_state_dict(state[name])
+        self.iteration, self.history = state["iteration"], state["history"]
+        self.env.restore(state["env"])
+        self.obs = self.env.observations()
+        set_rng_state(state["torch_rng"], self.agent.device)
 
 
 def fingerprint(episodes: Sequence[Episode]) -> str:
