@@ -6,13 +6,17 @@ LIBERO's published protocol.
     python vla_finetune.py --checkpoint runs/RUN --eval-only --tasks libero_spatial libero_90/9
     python vla_finetune.py --resume runs/RUN
 
-The model, its losses and the training loop are vla_pretrain.py's. docs/vla_finetune.md explains every result and implementation detail.
+The model and its losses are one file, common/vla_model.py. docs/vla_finetune.md explains every result and implementation detail.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import json
+import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -22,38 +26,76 @@ import numpy as np
 import torch
 import tyro
 from gymnasium.vector import AutoresetMode
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from common import rollout
 from common.cli import UserError, run_command
 from common.data import vla as vla_data
-from common.data.vla import ACTION_SIZE, CAMERAS, PROPRIO, Chunks, Order
+from common.data.vla import ACTION_SIZE, CAMERAS, PROPRIO, Chunks, Corpus, Order
 from common.libero import Task, load_task, make_env
 from common.libero.renderers import RENDERERS, Renderer, available, make_renderer
 from common.libero.step import NO_OP
 from common.metrics import wilson_interval
-from common.runs import Progress, make_run, resumed_args, versions, write_json
-from common.suites import resolve, task_names
+from common.runs import Progress, load_checkpoint, make_run, resumed_args, save_checkpoint, versions, write_json
+from common.suites import expand
 from common.video import write_video
-from vla_pretrain import VLA, Training, distributed, find_device, load_model, rank, shared_folder, train
-from vla_pretrain import validate as validate_training
+from common.vla_model import HEADS, SIZES, VLA, crop_side, load_model, save_model
+from common.vla_training import Batches, Log, ReadError, autocast, distributed, find_device, rank, shared_folder, world_size
 
 
 @dataclasses.dataclass
-class Args(Training):
+class Args:
     """Fine-tune a vision-language-action model on demonstrations, and evaluate it in the simulator."""
 
     checkpoint: str | None = None
     """run folder or model.pt of vla_pretrain.py or of this script (default: none, a fresh model)"""
+    data: list[str] = dataclasses.field(default_factory=list)
+    """HDF5 files in LIBERO's layout with pictures (python -m common.libero.render adds them)"""
+    weights: list[float] = dataclasses.field(default_factory=list)
+    """how often an epoch shows each file's samples, one number a file in the order of --data (default: once)"""
+    max_episodes: int | None = None
+    """at most so many episodes of each file, drawn at random: to compare sources at equal size"""
+    val_fraction: float = 0.05
+    """share of each file's episodes that is held out for validation"""
+    seed: int = 1
+    """seed of everything that is random"""
+    resume: str | None = None
+    """go on with the run in this folder, exactly where its last checkpoint left it"""
+    run_folder: str = "runs"
+    """where runs are written"""
+    device: str = "auto"
+    """auto (CUDA, if there is a GPU), cpu or cuda"""
+    compile: bool = False
+    """compile the model (CUDA)"""
+    torch_threads: int = 2
+    """threads on a CPU (results are reproducible for a fixed number)"""
+    num_workers: int = 1
+    """processes that read the files, each rank its own; 0: read between steps"""
+    checkpoint_interval: int = 500
+    """steps between checkpoints: what a kill can lose at most"""
+    eval_interval: int = 500
+    """steps between validations"""
+
+    # Optimisation
     epochs: float = 2.5
     """passes over --data"""
     batch_size: int = 64
     """samples a step, of all ranks together"""
+    accumulate: int = 1
+    """parts that each rank's share of a batch is cut into, where memory is short; the gradient is that of the whole batch"""
     lr: float = 5e-4
     """learning rate, reached after the warm-up; from there it follows a cosine to zero"""
     warmup: int = 20
     """steps of linear warm-up"""
+    weight_decay: float = 0.01
+    """of AdamW, on matrices"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
     ema: float = 0.99
     """decay of the moving average of the weights, which is what is validated, kept and evaluated"""
+    flow_draws: int = 4
+    """draws of noise and time for each chunk (flow): the pictures, which cost most, are encoded once for all of them"""
 
     # Model; with --checkpoint these are the checkpoint's, and another value is an error
     head: str | None = None
@@ -94,7 +136,29 @@ class Args(Training):
 
 def validate(args: Args) -> None:
     """Refuse flag values that cannot work, before anything has begun."""
-    validate_training(args)
+    rules = [
+        (lambda v: v >= 1, "at least 1", "torch_threads checkpoint_interval eval_interval batch_size accumulate flow_draws"),
+        (lambda v: v >= 1, "at least 1", "steps chunk max_episodes"),
+        (lambda v: 0 < v < math.inf, "more than 0", "lr max_grad_norm"),
+        (lambda v: 0 <= v < math.inf, "at least 0", "seed num_workers warmup weight_decay"),
+        (lambda v: 0 <= v < 1, "at least 0 and less than 1", "ema val_fraction"),
+        (lambda v: 0.5 <= v <= 1, "between 0.5 and 1", "crop"),
+        (lambda v: v in ("auto", "cpu", "cuda"), "auto, cpu or cuda", "device"),
+        (lambda v: v in HEADS, " or ".join(HEADS), "head"),
+        (lambda v: v in SIZES, ", ".join(SIZES), "size"),
+    ]
+    for holds, wanted, names in rules:
+        for name in names.split():
+            value = getattr(args, name, None)
+            if value is not None and not holds(value):
+                raise UserError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
+    if args.weights and len(args.weights) != len(args.data):
+        raise UserError(f"--weights needs one number for each of the {len(args.data)} files of --data, not {len(args.weights)}")
+    if any(not 0 <= w < math.inf for w in args.weights) or (args.weights and not any(args.weights)):
+        raise UserError("--weights must be at least 0, and one of them more")
+    if args.batch_size % (world_size() * args.accumulate):
+        parts = f"{world_size()} processes x --accumulate {args.accumulate}"
+        raise UserError(f"--batch-size {args.batch_size} cannot be cut into equal parts for {parts}")
     for name in ("trials", "replan", "num_envs"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
@@ -116,13 +180,13 @@ def make_model(args: Args, image_size: int | None) -> tuple[VLA, dict]:
     Raises UserError if the checkpoint's model is not what the flags or the pictures ask for.
     """
     if not args.checkpoint:
-        crop = round((args.crop or 0.94) * image_size / 2) * 2
+        crop = crop_side(args.crop or 0.94, image_size)
         return VLA(args.head or "flow", args.size or "tiny", args.chunk or 8, image_size, crop, args.vision, args.text), {}
     model, meta = load_model(args.checkpoint)
     config = model.config
     wanted = {name: getattr(args, name) for name in ("head", "size", "chunk", "vision", "text")}
     if args.crop is not None:
-        wanted["crop"] = round(args.crop * config["image_size"] / 2) * 2
+        wanted["crop"] = crop_side(args.crop, config["image_size"])
     for name, value in wanted.items():
         if value is not None and value != config[name]:
             raise UserError(f"{args.checkpoint} has --{name} {config[name]}, not {value}; leave the flag out, or take another checkpoint")
@@ -133,18 +197,6 @@ def make_model(args: Args, image_size: int | None) -> tuple[VLA, dict]:
             f"render them again: python -m common.libero.render FILE --size {size} --overwrite"
         )
     return model, meta
-
-
-def expand(names: list[str]) -> list[str]:
-    """Suites and task ids -> task ids suite/name."""
-    found = []
-    for name in names:
-        if name in task_names():
-            found += [f"{name}/{task}" for task in task_names()[name]]
-        else:
-            suite, index = resolve(name)
-            found.append(f"{suite}/{task_names()[suite][index]}")
-    return list(dict.fromkeys(found))
 
 
 def check_match(meta: dict, task: Task, renderer: str, allow: bool, say: Callable[[str], None]) -> None:
@@ -162,6 +214,89 @@ def check_match(meta: dict, task: Task, renderer: str, allow: bool, say: Callabl
         raise UserError(f"{task.id}: {'; '.join(wrong)}; evaluate with what the model was trained on, or pass --allow-mismatch")
     if wrong:
         say(f"mismatch allowed: {'; '.join(wrong)}")
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def learning_rate(args: Args, step: int, steps: int) -> float:
+    """Linear warm-up to `lr`, then a cosine to zero at the last step."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, steps - args.warmup)))
+
+
+def train(args: Args, model: VLA, training: list[Corpus], validation: list[Corpus], steps: int, run: Path, meta: dict) -> dict:
+    """Train `model` (left with the averaged weights) for `steps` steps, going on from RUN/checkpoint.pt if there is one.
+
+    Writes RUN/checkpoint.pt, RUN/model.pt and TensorBoard events. Returns the last validation's losses and the speed.
+    """
+    device = model.device
+    average = copy.deepcopy(model).requires_grad_(False).eval()
+    decayed = [p for p in model.parameters() if p.ndim >= 2]  # matrices; not biases, gains and what there is one of
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": [p for p in model.parameters() if p.ndim < 2]}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda")
+    step, seconds, results = 0, 0.0, {}  # results: of the last validation, and the speed
+    corpora = vla_data.fingerprint(training + validation)
+    if (run / "checkpoint.pt").exists():
+        state = load_checkpoint(run / "checkpoint.pt", "vla_training")
+        if state["corpora"] != corpora:
+            raise UserError(f"the corpora of {run} have changed since it was started; put them back, or start a new run")
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, seconds, results = state["step"], state["seconds"], state["results"]
+
+    def save() -> None:
+        """Everything that the rest of the training depends on; random numbers depend on the step alone."""
+        if rank() == 0:
+            state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"step": step, "seconds": seconds + time.time() - began, "results": results, "corpora": corpora}
+            save_checkpoint(run / "checkpoint.pt", {"script": "vla_training", **state})
+            save_model(run / "model.pt", average, meta | {"step": step})
+
+    batches, held_out = Batches(args, model, Chunks(training, model.config["chunk"])), Chunks(validation, model.config["chunk"])
+    began = time.time()
+    log = Log(run, batches, Batches(args, average, held_out) if len(held_out) else None, step, steps, results)
+    learner: nn.Module = model
+    if world_size() > 1:
+        unused = bool(model.config["vision"] or model.config["text"])  # pretrained encoders have parts, like poolers, without a use here
+        learner = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None, find_unused_parameters=unused)
+    if args.compile:
+        learner = torch.compile(learner)
+    with contextlib.closing(log), batches.reading(range(step, steps)) as source:
+        while step < steps:
+            rate = learning_rate(args, step, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            train_loss = torch.zeros((), device=device)
+            for k in range(args.accumulate):
+                try:
+                    batch = next(source)
+                except ReadError:
+                    save()
+                    log.say(f"stopped after step {step}; to go on: --resume {run}")
+                    raise
+                last = k == args.accumulate - 1  # only then do the processes have to agree on the gradient
+                with contextlib.nullcontext() if last or world_size() == 1 else learner.no_sync():
+                    with autocast(device):
+                        loss = learner(batch) / args.accumulate
+                    loss.backward()
+                train_loss += loss.detach()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            decay = min(args.ema, (1 + step) / (10 + step))  # a short memory at first
+            with torch.no_grad():
+                torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+            step += 1
+            log.step(step, train_loss, norm, rate)
+            if step % args.eval_interval == 0 or step == steps:
+                log.validate(step)
+            if step % args.checkpoint_interval == 0 or step == steps:
+                save()
+    model.load_state_dict(average.state_dict())
+    return results | {"steps": step, "wall_seconds": seconds + time.time() - began}
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
@@ -312,7 +447,7 @@ def main() -> None:
     validate(args)
     torch.set_num_threads(args.torch_threads)
     torch.set_float32_matmul_precision("high")
-    device = find_device(args)
+    device = find_device(args.device, args.compile)
     args = dataclasses.replace(args, backend=rollout.choose_devices(args).backend)
     torch.manual_seed(args.seed)
     corpora = [] if args.eval_only else vla_data.read_corpora(args.data, args.max_episodes, args.seed)

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from common.cli import UserError, atomic_path, run_command
 from common.metrics import wilson_interval
 from common.runs import versions, write_json
-from vla_finetune import expand
+from common.suites import expand
 
 SOURCES = ("demonstrations", "gaussian_ppo", "diffusion_ppo", "dlr_discover")
 NAMES = {

@@ -54,3 +54,15 @@ def resolve(task_id: str) -> tuple[str, int]:
     near = get_close_matches(key.lower(), [n.lower() for _, _, n in everything], n=3, cutoff=0.3)
     listed = ", ".join(f"{s}/{n}" for s, _, n in everything if n.lower() in near)
     raise UserError(f"unknown task {task_id!r}" + (f"; the nearest are {listed}" if listed else "; see python -m common.libero"))
+
+
+def expand(names: list[str]) -> list[str]:
+    """Suites and task ids -> task ids suite/name."""
+    found = []
+    for name in names:
+        if name in task_names():
+            found += [f"{name}/{task}" for task in task_names()[name]]
+        else:
+            suite, index = resolve(name)
+            found.append(f"{suite}/{task_names()[suite][index]}")
+    return list(dict.fromkeys(found))

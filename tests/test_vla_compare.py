@@ -12,7 +12,7 @@ from benchmarks import vla_compare
 from benchmarks.vla_compare import PRESETS, Args, plot_scaling, pooled, report, run_script, table
 from common.cli import UserError
 from common.metrics import wilson_interval
-from vla_finetune import expand
+from common.suites import expand
 
 
 def rows(*successes: int) -> list[dict]:

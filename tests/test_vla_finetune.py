@@ -21,9 +21,10 @@ from common.libero.renderers import available, make_renderer
 from common.libero.step import NO_OP
 from common.metrics import wilson_interval
 from common.runs import Progress
+from common.suites import expand
+from common.vla_model import VLA, load_model, save_model
 from tests.test_vla_pretrain import micro, same, write_pictures  # noqa: F401  (micro is a fixture)
-from vla_finetune import Args, ModelPolicy, check_match, evaluate, expand, summarise
-from vla_pretrain import VLA, load_model, save_model
+from vla_finetune import Args, ModelPolicy, check_match, evaluate, summarise
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,9 @@ from common.data.vla import Chunks, Order, read_corpora
 from common.libero.render import add_images
 from common.libero.renderers import make_renderer
 from common.runs import load_checkpoint
-from vla_pretrain import SIZES, VLA, Args, FlowHead, Size, TokenHead, crop_images, draws, learning_rate, load_model, train
+from common.vla_model import SIZES, VLA, FlowHead, Size, TokenHead, crop_images, load_model, save_model
+from common.vla_training import draws
+from vla_pretrain import Args, learning_rate, train
 
 MICRO = Size(32, 2, 1, 1, 2, (16, 16, 32, 32), (0, 0, 1, 0))
 ROOT = Path(vla_pretrain.__file__).parent
@@ -525,10 +527,10 @@ def test_an_instruction_too_long(corpus):
 
 def test_a_model_of_another_kind(tmp_path, corpus):
     model = micro_model(read_corpora([corpus]))
-    vla_pretrain.save_model(tmp_path / "model.pt", model, {"step": 0})
+    save_model(tmp_path / "model.pt", model, {"step": 0})
     assert same(load_model(tmp_path)[0].state_dict(), model.state_dict())
     model.config = model.config | {"chunk": 5}
-    vla_pretrain.save_model(tmp_path / "model.pt", model, {"step": 0})
+    save_model(tmp_path / "model.pt", model, {"step": 0})
     with pytest.raises(UserError, match="does not fit this version"):
         load_model(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
