@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import vla_finetune
+import vla_pretrain
 from common.cli import UserError
 from common.data import read_episodes
 from common.data import vla as vla_data
@@ -153,6 +155,21 @@ def test_mismatches_are_errors_unless_allowed(drawer_task):
             check_match(meta, drawer_task, "warp", False, said.append)
         check_match(meta, drawer_task, "warp", True, said.append)
         assert message in said.pop()
+
+
+def test_both_scripts_train_alike(corpus, tmp_path):
+    """Each has a loop of its own; from the same weights, with the same flags, they end in the same weights."""
+    training, validation = vla_data.split(vla_data.read_corpora([corpus]), 0.2, 1)
+    start = VLA("flow", "micro", 4, 32, 30).fit(vla_data.Chunks(training, 4).statistics())
+    flags = {"batch_size": 8, "num_workers": 0, "warmup": 2, "eval_interval": 3, "checkpoint_interval": 3, "accumulate": 2}
+    flags |= {"lr": 1e-3, "ema": 0.5, "max_grad_norm": 0.1, "weight_decay": 0.1}
+    found = []
+    for script in (vla_pretrain, vla_finetune):
+        folder, model = tmp_path / script.__name__, copy.deepcopy(start)
+        folder.mkdir()
+        results = script.train(script.Args(**flags), model, training, validation, 4, folder, {})
+        found.append((model.state_dict(), results["validation"]))
+    assert same(found[0][0], found[1][0]) and found[0][1] == found[1][1] and not same(found[0][0], start.state_dict())
 
 
 # ---------------------------------------------------------------------------------------------- the whole job
