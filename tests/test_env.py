@@ -20,6 +20,7 @@ from common import cli
 from common.cli import UserError
 from common.libero import env as env_module
 from common.libero import load_task, make_env, step
+from common.libero.env import mass_addresses
 from common.libero.goals import predicate_holds, success
 from common.libero.observation import observe_states
 from common.libero.tasks import Predicate
@@ -103,6 +104,27 @@ def test_axis_angle_matrix_closed_form():
     for v in ([0.5, 0.0, 0.0], [0.0, -0.3, 0.0], [0.1, 0.2, -0.4], [1e-6, 0.0, 2e-6]):
         step._axis_angle_matrix(np.array(v), matrix)
         np.testing.assert_allclose(matrix, scipy_rotation.from_rotvec(v).as_matrix(), atol=2e-7)  # robosuite's float32
+
+
+def test_mass_matrix_is_mujocos(drawer_task):
+    """The arm's entries, picked out of the sparse matrix, against MuJoCo's own product with it."""
+    task = drawer_task
+    data, column = mujoco.MjData(task.model), np.zeros(task.model.nv)
+    data.qpos[:] = task.init_states[0][1 : 1 + task.model.nq]
+    mujoco.mj_step1(task.model, data)
+    masses, expected = mass_addresses(task), np.empty((7, 7))
+    for k, dof in enumerate(task.arm_dof):
+        mujoco.mj_mulM(task.model, data, column, np.eye(task.model.nv)[dof])
+        expected[:, k] = column[task.arm_dof]
+    np.testing.assert_array_equal(np.where(masses < 0, 0.0, data.M[masses]), expected)
+    assert (np.linalg.eigvalsh(expected) > 0.01).all()
+
+
+@pytest.mark.parametrize("version", ["2.3.7", "3.3.6", "5.0.0", "10.1.0.dev3"])
+def test_an_unknown_mujoco_is_refused_at_the_start(version, monkeypatch):
+    monkeypatch.setattr(mujoco, "__version__", version)
+    with pytest.raises(UserError, match=f"^MuJoCo {version} is installed, and 3.3.7 or later, before 5.0.0, is needed; run: pip"):
+        make_env("libero_goal/0")
 
 
 SCENE = """

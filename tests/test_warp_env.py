@@ -300,13 +300,20 @@ def test_bad_input(drawer_task, envs, monkeypatch):
     with pytest.raises(UserError, match="backend='tpu'"):
         choose_backend("tpu", 1)
     model = copy.copy(drawer_task.model)
-    model.opt.noslip_iterations = 1
-    with pytest.raises(UserError, match="cannot simulate .*noslip.*; use the cpu backend"):
+    model.opt.solver = mujoco.mjtSolver.mjSOL_PGS
+    with pytest.raises(UserError, match="cannot simulate .*PGS.*; use the cpu backend"):
         make_env(dataclasses.replace(drawer_task, model=model), backend="warp", device="cpu", settle_steps=0)
 
     monkeypatch.setattr(warp_env, "find_device", lambda device: Small())
     with pytest.raises(UserError, match=r"100000 worlds of .* need about \d+\.\d GB and small GPU has 2\.0 GB free; take \d+ at most"):
         make_env(drawer_task, 100_000, backend="warp")
+
+
+def test_another_release_of_mujoco_warp(monkeypatch):
+    for found in ("3.7.0", "9.8.1"):
+        monkeypatch.setattr(warp_env.importlib.metadata, "version", lambda name, found=found: found)
+        with pytest.raises(UserError, match=f"MuJoCo Warp {found} does not go with MuJoCo {mujoco.__version__}"):
+            warp_env.require_mujoco_warp()
 
 
 def test_without_a_usable_gpu(monkeypatch):

@@ -102,7 +102,7 @@ class LiberoVectorEnv(LiberoEnv):
         self.data = [mujoco.MjData(model) for _ in range(num_envs)]
         pointers = np.stack([addresses(d) for d in self.data])
         data = np.array([d._address for d in self.data], np.int64)
-        sizes = tuple(int(n) for n in (model.nq, model.nv, model.nu, model.nsite, model.nM, task.eef_site))
+        sizes = tuple(int(n) for n in (model.nq, model.nv, model.nu, model.nsite, model.nC, task.eef_site))
         arm = np.array([task.arm_qpos, task.arm_dof, task.arm_actuators])
         low, high = model.actuator_ctrlrange[task.gripper_actuators].T
         fingers = np.stack([np.array(task.gripper_actuators, np.float64), (high + low) / 2, (high - low) / 2], axis=1)
@@ -258,14 +258,13 @@ class LiberoVectorEnv(LiberoEnv):
 
 
 def mass_addresses(task: Task) -> np.ndarray:
-    """(7, 7) int64: where the arm's mass matrix entries lie in MuJoCo's sparse qM, -1 for structural zeros."""
+    """(7, 7) int64: where the arm's mass matrix entries lie in mjData.M (the lower triangle, compressed rows), -1 for structural zeros."""
     model, dofs = task.model, task.arm_dof
     addresses = np.full((7, 7), -1)
     for row, dof in enumerate(dofs):
-        address, ancestor = int(model.dof_Madr[dof]), dof
-        while ancestor >= 0:
-            if ancestor in dofs:
+        first = int(model.M_rowadr[dof])
+        for address in range(first, first + int(model.M_rownnz[dof])):
+            if (ancestor := int(model.M_colind[address])) in dofs:
                 column = dofs.index(ancestor)
                 addresses[row, column] = addresses[column, row] = address
-            address, ancestor = address + 1, int(model.dof_parentid[ancestor])
     return addresses

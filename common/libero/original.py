@@ -8,6 +8,7 @@ import sys
 import types
 from pathlib import Path
 
+import mujoco
 import numpy as np
 
 from common.cli import UserError, atomic_path, cache_dir
@@ -43,9 +44,25 @@ def import_libero(assets: Path | None):
     finally:
         if gl is None:
             os.environ.pop("MUJOCO_GL", None)
+    _mend_robosuite()
     if assets is not None:
         libero.libero._assets_path_cache = str(assets)
     return ControlEnv
+
+
+def _mend_robosuite() -> None:
+    """MuJoCo 4 under robosuite 1.4: `mjData.qM` is gone (`M` holds the same numbers), and an mjtJoint equals no numpy integer."""
+    if hasattr(mujoco.MjData, "qM"):
+        return
+    from robosuite.controllers import base_controller
+    from robosuite.utils import binding_utils
+
+    def dense(model, out, mass):
+        mujoco.mju_sym2dense(out, mass, model.M_rownnz, model.M_rowadr, model.M_colind)
+
+    binding_utils.MjData.qM = property(lambda self: self._data.M)
+    base_controller.mujoco = types.SimpleNamespace(mj_fullM=dense)  # the one function that it calls
+    binding_utils.MjModel.jnt_type = property(lambda self: self._model.jnt_type.tolist())
 
 
 def libero_env(task_id: str, assets: str | None = None, **kwargs):

@@ -37,8 +37,8 @@ _mj_kinematics = types.ExternalFunction("mj_kinematics", types.void(types.intp, 
 _mj_jac_site = types.ExternalFunction("mj_jacSite", types.void(types.intp, types.intp, types.intp, types.intp, types.int32))
 
 # The arrays of mjData that compiled code reads and writes, as the columns of a table of addresses.
-FIELDS = ("qpos", "qvel", "ctrl", "qM", "qfrc_bias", "xpos", "xmat", "xipos", "site_xpos", "site_xmat")
-QPOS, QVEL, CTRL, QM, BIAS, XPOS, XMAT, XIPOS, SITE_XPOS, SITE_XMAT = range(len(FIELDS))
+FIELDS = ("qpos", "qvel", "ctrl", "M", "qfrc_bias", "xpos", "xmat", "xipos", "site_xpos", "site_xmat")
+QPOS, QVEL, CTRL, MASS, BIAS, XPOS, XMAT, XIPOS, SITE_XPOS, SITE_XMAT = range(len(FIELDS))
 
 
 def addresses(data: mujoco.MjData) -> np.ndarray:
@@ -183,14 +183,14 @@ def control_steps(
     Args:
         envs (n,): indices; counter: address of the int64 number of environments already taken.
         model, data: addresses of mjModel and of each environment's mjData; pointers (num_envs, len(FIELDS)): see
-            `addresses`; sizes: nq, nv, nu, nsite, nM, grip site id.
-        arm (3, 7): qpos and dof addresses and actuators; masses (7, 7): where M[i, j] lies in the sparse qM, or -1.
+            `addresses`; sizes: nq, nv, nu, nsite, nC, grip site id.
+        arm (3, 7): qpos and dof addresses and actuators; masses (7, 7): where M[i, j] lies in the sparse mass matrix, or -1.
         limits (7, 2): torque limits; fingers (2, 3): actuator, middle and half width of its control range.
         goal, terms: what to judge (see `goal_table`) and to observe (see `StateObservation`).
         goal_rot (num_envs, 3, 3), grip (num_envs, 2): the controller's memory, updated in place.
         near (num_envs,) bool, obs (num_envs, size) float32: output.
     """
-    nq, nv, nu, nsite, nM, grip_site = sizes
+    nq, nv, nu, nsite, nC, grip_site = sizes
     jacobian = np.zeros((2, 3, nv))
     jac_pos, jac_rot = jacobian[0].ctypes.data, jacobian[1].ctypes.data
     M, J = np.empty((7, 7)), np.empty((6, 7))
@@ -203,7 +203,7 @@ def control_steps(
             return
         e = envs[number]
         qpos, qvel, ctrl = _view(pointers[e, QPOS], (nq,)), _view(pointers[e, QVEL], (nv,)), _view(pointers[e, CTRL], (nu,))
-        qM, qfrc_bias = _view(pointers[e, QM], (nM,)), _view(pointers[e, BIAS], (nv,))
+        mass, qfrc_bias = _view(pointers[e, MASS], (nC,)), _view(pointers[e, BIAS], (nv,))
         site_xpos, site_xmat = _view(pointers[e, SITE_XPOS], (nsite, 3)), _view(pointers[e, SITE_XMAT], (nsite, 3, 3))
         eef, rot = site_xpos[grip_site], site_xmat[grip_site]
         for substep in range(repeat * SUBSTEPS):
@@ -225,7 +225,7 @@ def control_steps(
                 for i in range(3):
                     J[i, k], J[3 + i, k] = jacobian[0, i, arm[1, k]], jacobian[1, i, arm[1, k]]
                 for i in range(7):
-                    M[i, k] = qM[masses[i, k]] if masses[i, k] >= 0 else 0.0
+                    M[i, k] = mass[masses[i, k]] if masses[i, k] >= 0 else 0.0
             for i in range(3):
                 pos_error[i] = target[i] - eef[i]
                 # half the sum over the axes of current x desired

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -25,6 +26,8 @@ import numpy as np
 from common.cli import UserError, atomic_path, cache_dir
 from common.libero.assets import assets_fingerprint, find_assets
 from common.suites import MAX_STEPS, libero_root, resolve, task_names
+
+MUJOCO_FIRST, MUJOCO_END = (3, 3, 7), (5, 0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +129,16 @@ def find_human_demos(task: Task) -> Path | None:
 # ---------------------------------------------------------------------------------------------- loading through the cache
 
 
+def require_mujoco() -> None:
+    """Raise UserError for a MuJoCo that this code has not been made for (docs/versions.md)."""
+    version = tuple(int(number) for number in re.findall(r"\d+", mujoco.__version__)[:3])
+    if not MUJOCO_FIRST <= version < MUJOCO_END:
+        first, end = (".".join(map(str, v)) for v in (MUJOCO_FIRST, MUJOCO_END))
+        raise UserError(
+            f"MuJoCo {mujoco.__version__} is installed, and {first} or later, before {end}, is needed; run: pip install -r requirements.txt"
+        )
+
+
 def cache_file(suite: str, index: int, folder: Path) -> Path:
     """Where a compiled task is kept: the key covers the task, the versions, the assets and the code that compiles it."""
     versions = [mujoco.__version__, *(importlib.metadata.version(p) for p in ("robosuite", "hf-libero", "bddl"))]
@@ -143,8 +156,9 @@ def load_task(task_id: str, assets: str | None = None) -> Task:
         assets: LIBERO's asset folder or "standin", see `find_assets`.
 
     Raises:
-        UserError: unknown or ambiguous task, missing or broken assets.
+        UserError: unknown or ambiguous task, missing or broken assets, an unknown MuJoCo.
     """
+    require_mujoco()
     suite, index = resolve(task_id)
     folder = find_assets(assets)
     path = cache_file(suite, index, folder)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import importlib.metadata
 import logging
 import time
 from collections.abc import Iterator
@@ -31,10 +32,22 @@ from common.libero.warp_start import start_warp, warp_device
 
 start_warp()  # before MuJoCo Warp's import starts it: quietly, with our folder for compiled kernels
 
-try:
-    import mujoco_warp as mjw
-except (ImportError, AttributeError) as error:  # the latter from a MuJoCo that is older than 3.8
-    raise UserError(f"MuJoCo Warp does not import ({error}); run: pip install -r requirements.txt") from error
+
+def require_mujoco_warp() -> None:
+    """Raise UserError unless MuJoCo Warp is there, in the release that was made for this MuJoCo."""
+    try:
+        found = importlib.metadata.version("mujoco-warp")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError("MuJoCo Warp is not installed; run: pip install -r requirements.txt") from error
+    if found.split(".")[:2] != mujoco.__version__.split(".")[:2]:
+        raise UserError(
+            f"MuJoCo Warp {found} does not go with MuJoCo {mujoco.__version__}; "
+            "install both in one version (docs/versions.md says with which Warp), or use the cpu backend"
+        )
+
+
+require_mujoco_warp()
+import mujoco_warp as mjw  # noqa: E402
 import warp as wp  # noqa: E402
 
 from common.libero.warp_kernels import (  # noqa: E402
@@ -229,10 +242,7 @@ class LiberoWarpEnv(LiberoEnv):
 
         arm = self._arm = Arm()
         arm.qpos, arm.dof, arm.actuator = to_array(task.arm_qpos), to_array(task.arm_dof), to_array(task.arm_actuators)
-        if self.model.is_sparse:
-            masses = mass_addresses(task)
-        else:
-            masses = np.array(task.arm_dof)[:, None] * data.qM.shape[2] + task.arm_dof
+        self._mass, masses = self._mass_matrix(model)
         arm.mass, arm.home = to_array(masses), to_array(task.initial_joints, real)
         low, high = model.actuator_ctrlrange[task.arm_actuators].T
         arm.low, arm.high = to_array(low, real), to_array(high, real)
@@ -240,7 +250,6 @@ class LiberoWarpEnv(LiberoEnv):
         arm.finger, arm.finger_middle = to_array(task.gripper_actuators), to_array((low + high) / 2, real)
         arm.finger_half = to_array((high - low) / 2, real)
         arm.site, arm.root = task.eef_site, int(model.body_rootid[model.site_bodyid[task.eef_site]])
-        self._mass = data.qM.reshape((n, -1))
 
         poses = self._poses = Poses()
         for name in ("qpos", "qvel", "xpos", "xmat", "xipos", "site_xpos", "site_xmat"):
@@ -273,6 +282,17 @@ class LiberoWarpEnv(LiberoEnv):
             setattr(starts, name, to_array(both[name], float))
         starts.goal_rot, starts.grip = to_array(both["goal_rot"], wp.mat33d), to_array(both["grip"], wp.vec2d)
         starts.train = len(train["time"])
+
+    def _mass_matrix(self, model: mujoco.MjModel) -> tuple[wp.array, np.ndarray]:
+        """The worlds' mass matrices (N, .), and where in them the arm's entries lie (7, 7): MuJoCo Warp changed the layout with 4.0."""
+        masses = mass_addresses(self.task)
+        if hasattr(self.data, "M"):  # since 4.0: as in mjData
+            return self.data.M, masses
+        if self.model.is_sparse:
+            masses = np.where(masses < 0, -1, model.mapM2M[masses])
+        else:
+            masses = np.array(self.task.arm_dof)[:, None] * self.data.qM.shape[2] + self.task.arm_dof
+        return self.data.qM.reshape((self.num_envs, -1)), masses
 
     def _record(self) -> None:
         """The control step as one CUDA graph. A step before that, and a start state before that, since recording loads no code."""
