@@ -551,7 +551,7 @@ class Reinforce(rollout.Trainer):
         self.outcomes: deque[float] = deque(maxlen=50)  # success of the last episodes
         self.obs, _ = env.reset(seed=args.seed)
 
-    def run_iteration(self) -> dict[str, float]:
+    def iterate(self) -> dict[str, float]:
         """Roll out `num_steps` steps in every environment, then update. Returns what to log.
 
         Every environment begins a chunk when the rollout begins, when `execute` actions of its last one are done, and when a new

@@ -531,7 +531,7 @@ class Reinforce(rollout.Trainer):
                 self.env.set_state(np.array(states), np.array(grippers), envs=np.array(list(starts)))
                 self.obs = self.env.observations()
 
-    def run_iteration(self) -> dict[str, float]:
+    def iterate(self) -> dict[str, float]:
         """Roll out `num_steps` steps in every environment, then update. Returns what to log."""
         args, env, agent, device = self.args, self.env, self.agent, self.agent.device
         progress = self.iteration / self.num_iterations

@@ -265,7 +265,7 @@ class Reinforce(rollout.Trainer):
         self.outcomes: deque[float] = deque(maxlen=50)  # success of the last episodes
         self.obs, _ = env.reset(seed=args.seed)
 
-    def run_iteration(self) -> dict[str, float]:
+    def iterate(self) -> dict[str, float]:
         """Roll out `num_steps` steps in every environment, then update. Returns what to log."""
         args, env, agent, device = self.args, self.env, self.agent, self.agent.device
         progress = self.iteration / self.num_iterations

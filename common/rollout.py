@@ -57,6 +57,8 @@ class JobArgs:
     """auto (CUDA, if there is a GPU; for few environments with states, cpu may be faster), cpu or cuda"""
     backend: Literal["auto", "cpu", "warp"] = "auto"
     """simulator: cpu (all cores), warp (MuJoCo Warp on --device) or auto (warp on a GPU from 256 environments on)"""
+    physics: Literal["exact", "sleep"] = "exact"
+    """what training is simulated by: exact, or sleep (what rests costs nothing; CPU); evaluation and the corpus are always exact"""
     compile: bool = False
     """compile acting and PPO's losses (CUDA)"""
     checkpoint_interval: Count = 5
@@ -102,7 +104,7 @@ class Job:
         run.progress.say(f"task {task.id}: {task.language}; simulator {args.backend}, learner on {args.device}")
         self.renderer, self.videos = find_renderer(args.obs, args.videos, args.corpus_images, run.progress)
         how = {"obs": args.obs, "image_size": args.image_size, "backend": args.backend, "device": args.device}
-        self.train_env = make_env(task, args.num_envs, seed=args.seed, **how)
+        self.train_env = make_env(task, args.num_envs, seed=args.seed, physics=args.physics, **how)
         self.eval_env = make_env(task, min(args.num_envs, EVAL_ENVS), seed=args.seed, **how, autoreset_mode=AutoresetMode.DISABLED)
         self.demos, self.demo_source = load_demos(args.demos, task, args.num_demos, args.demo_noise, args.seed, run.progress)
 
@@ -153,6 +155,7 @@ class Job:
             "env_steps": run.checkpoint["env_steps"],
             "demos": self.demo_source,
             "assets": task.assets,
+            "physics": args.physics,
             "renderer": self.renderer,
         }
 
@@ -180,6 +183,16 @@ class Trainer:
     def settled(self) -> bool:
         """Whether failures have had time to end, too: before that, success says nothing."""
         return self.iteration * self.args.num_steps >= self.env.max_steps
+
+    def run_iteration(self) -> dict[str, float]:
+        """One rollout and update; returns what to log."""
+        if self.args.physics == "sleep":  # poses of what sleeps may be one physics step old: be where a resumed run would be
+            self.env.restore(self.env.snapshot())
+            self.obs = self.env.observations()
+        return self.iterate()
+
+    def iterate(self) -> dict[str, float]:
+        raise NotImplementedError
 
     def state_dict(self) -> dict:
         """Everything that the rest of the training depends on."""

@@ -488,7 +488,7 @@ def check_resumed_is_the_same(script, demos, tmp_path, drawer_task, *flags) -> N
 
 
 def test_whole_job_killed_and_resumed_is_as_if_never_stopped(demos, tmp_path, drawer_task):
-    check_resumed_is_the_same(gaussian_ppo, demos, tmp_path, drawer_task)
+    check_resumed_is_the_same(gaussian_ppo, demos, tmp_path, drawer_task, "--physics", "sleep")
 
 
 # ---------------------------------------------------------------------------------------------- bad input

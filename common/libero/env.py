@@ -5,6 +5,7 @@ The control step is compiled (`common.libero.step`) and holds no Python lock, so
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 import threading
@@ -15,11 +16,14 @@ import mujoco
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from common.cli import usable_cores
+from common.cli import UserError, usable_cores
 from common.libero.goals import contacts_hold, goal_table
 from common.libero.observation import StateObservation, proprioception
-from common.libero.step import NO_OP, addresses, control_steps
+from common.libero.step import NO_OP, addresses, control_steps, update_sleep
 from common.libero.tasks import Task
+
+PHYSICS = ("exact", "sleep")
+SLEEP_TOLERANCE = 1e-4  # m/s: what is slower, with all that it touches, for ten physics steps falls asleep (MuJoCo 3.8's default)
 
 _processes = 1
 
@@ -82,6 +86,9 @@ class LiberoVectorEnv(LiberoEnv):
 
     `step(actions, active)` moves only the environments whose number in `active` (num_envs,) bool is True: those that have ended and
     have no further episode to run cost nothing. The others stand still; what is returned of them means nothing.
+
+    `physics` is "exact" (LIBERO's, to the bit) or "sleep": what rests is left alone until something touches it (MuJoCo's sleeping
+    islands), which is faster and differs by what a body would still have crept (docs/physics.md).
     """
 
     def __init__(
@@ -93,12 +100,14 @@ class LiberoVectorEnv(LiberoEnv):
         max_steps: int | None = None,
         autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP,
         num_threads: int | None = None,
+        physics: str = "exact",
     ):
         super().__init__(task, num_envs, settle_steps, max_steps, autoreset_mode)
+        self.physics, self.model = physics, physics_model(task.model, physics)
         self._np_random = np.random.default_rng(seed)
         self._settled: dict[tuple[str, int], tuple[np.ndarray, ...]] = {}
 
-        model = task.model
+        model = self.model
         self.data = [mujoco.MjData(model) for _ in range(num_envs)]
         pointers = np.stack([addresses(d) for d in self.data])
         data = np.array([d._address for d in self.data], np.int64)
@@ -122,6 +131,7 @@ class LiberoVectorEnv(LiberoEnv):
         self._state_indices = np.zeros(num_envs, np.int64)
         self._all, self._num_threads = np.arange(num_envs), num_threads or max(1, usable_cores() // _processes)
         self._threads = ThreadPoolExecutor(self._num_threads)
+        self._scratch = mujoco.MjData(task.model)
 
     # ------------------------------------------------------------------ gymnasium's interface
 
@@ -145,7 +155,7 @@ class LiberoVectorEnv(LiberoEnv):
         self._elapsed[moving] += 1
         terminated = self._near.copy()
         for i in np.flatnonzero(self._near):
-            terminated[i] = contacts_hold(self.task.goal, self.data[i], self.task.model)
+            terminated[i] = self._contacts_hold(self.data[i])
         truncated = ~terminated & (self._elapsed >= self.max_steps)
         observations, info = self._obs.copy(), {}
         done = terminated | truncated
@@ -240,7 +250,7 @@ class LiberoVectorEnv(LiberoEnv):
             self._elapsed[i], self._near[i] = 0, False
 
     def _load(self, i: int, state: np.ndarray, gripper: float) -> None:
-        model, data = self.task.model, self.data[i]
+        model, data = self.model, self.data[i]
         mujoco.mj_resetData(model, data)
         data.time, data.qpos[:], data.qvel[:] = state[0], state[1 : 1 + model.nq], state[1 + model.nq :]
         self._goal_rot[i] = self._home_rot
@@ -248,13 +258,44 @@ class LiberoVectorEnv(LiberoEnv):
         mujoco.mj_fwdPosition(model, data)
 
     def _integration_state(self, data: mujoco.MjData) -> np.ndarray:
-        state = np.empty(mujoco.mj_stateSize(self.task.model, mujoco.mjtState.mjSTATE_INTEGRATION))
-        mujoco.mj_getState(self.task.model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
-        return state
+        """All that `mj_step` goes on from; and, for "sleep", which trees are asleep, or how soon they will be."""
+        state = np.empty(mujoco.mj_stateSize(self.model, mujoco.mjtState.mjSTATE_INTEGRATION))
+        mujoco.mj_getState(self.model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
+        return state if self.physics == "exact" else np.concatenate([state, data.tree_asleep])
 
     def _set_integration_state(self, i: int, physics: np.ndarray) -> None:
-        mujoco.mj_setState(self.task.model, self.data[i], physics, mujoco.mjtState.mjSTATE_INTEGRATION)
-        mujoco.mj_fwdPosition(self.task.model, self.data[i])  # poses and contacts, leaving the solver's warm start alone
+        data = self.data[i]
+        if self.physics == "sleep":
+            physics, asleep = np.split(physics, [len(physics) - self.model.ntree])
+            mujoco.mj_resetData(self.model, data)  # all awake, or poses of what sleeps would not be computed
+        mujoco.mj_setState(self.model, data, physics, mujoco.mjtState.mjSTATE_INTEGRATION)
+        mujoco.mj_fwdPosition(self.model, data)  # poses and contacts, leaving the solver's warm start alone
+        if self.physics == "sleep":
+            data.tree_asleep[:] = asleep
+            update_sleep(self.model, data)
+
+    def _contacts_hold(self, data: mujoco.MjData) -> bool:
+        if contacts_hold(self.task.goal, data, self.model):
+            return True
+        if self.physics == "exact" or data.ntree_awake == self.model.ntree:
+            return False
+        self._scratch.qpos[:] = data.qpos  # contacts of bodies that sleep are not listed: find them with all awake
+        mujoco.mj_fwdPosition(self.task.model, self._scratch)
+        return contacts_hold(self.task.goal, self._scratch, self.model)
+
+
+def physics_model(model: mujoco.MjModel, physics: str) -> mujoco.MjModel:
+    """The model itself for "exact", a copy that lets what rests sleep for "sleep"; UserError for another word or an old MuJoCo."""
+    if physics not in PHYSICS:
+        raise UserError(f"no physics {physics!r}; choose from {', '.join(PHYSICS)}")
+    if physics == "exact":
+        return model
+    if not hasattr(mujoco.mjtEnableBit, "mjENBL_SLEEP"):
+        raise UserError(f"physics sleep needs MuJoCo 3.8 or later, and this is {mujoco.__version__}; choose exact")
+    model = copy.copy(model)
+    model.opt.enableflags |= mujoco.mjtEnableBit.mjENBL_SLEEP
+    model.opt.sleep_tolerance = SLEEP_TOLERANCE
+    return model
 
 
 def mass_addresses(task: Task) -> np.ndarray:

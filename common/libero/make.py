@@ -43,6 +43,7 @@ def make_env(
     image_size: int = 84,
     cameras: Sequence[str] = ("agentview",),
     renderer: str = "warp",
+    physics: str = "exact",
     **kwargs,
 ) -> VectorEnv:
     """Make a vector environment of a LIBERO task (a `Task` or a task id).
@@ -51,6 +52,7 @@ def make_env(
         obs: "state", float32 vectors (see `StateObservation`), or "pixels", a Dict of pictures and proprioception (see
             `common.libero.pixels.PixelObservation`); image_size (pixels), cameras and renderer are of these pictures.
         backend: "cpu" (`LiberoVectorEnv`), "warp" (`common.libero.warp_env.LiberoWarpEnv`, on `device`) or "auto" (see `choose_backend`).
+        physics: "exact" or "sleep", see `LiberoVectorEnv`; of the CPU backend.
         device: of "warp", default the first GPU; and of the ray tracer, default where the worlds are.
         kwargs: as in the class.
     """
@@ -59,7 +61,9 @@ def make_env(
     backend = choose_backend(backend, num_envs, device)
     task = load_task(task) if isinstance(task, str) else task
     if backend == "cpu":
-        env = LiberoVectorEnv(task, num_envs, seed, **kwargs)
+        env = LiberoVectorEnv(task, num_envs, seed, physics=physics, **kwargs)
+    elif physics != "exact":
+        raise UserError(f"physics {physics} needs backend cpu, not warp")
     else:
         from common.libero.warp_env import LiberoWarpEnv
 

@@ -46,6 +46,11 @@ def addresses(data: mujoco.MjData) -> np.ndarray:
     return np.array([getattr(data, field).__array_interface__["data"][0] for field in FIELDS], np.int64)
 
 
+def update_sleep(model: mujoco.MjModel, data: mujoco.MjData) -> None:
+    """MuJoCo's mj_updateSleep: take up what was written into `data.tree_asleep`."""
+    _libmujoco.mj_updateSleep(ctypes.c_void_p(model._address), ctypes.c_void_p(data._address))
+
+
 @intrinsic
 def _pointer(typing_context, address):
     """The integer `address` as a pointer that numba.carray accepts."""

@@ -1,0 +1,121 @@
+"""Sleeping physics: what rests is left alone, what is touched wakes, and a run goes on exactly; against exact physics."""
+
+from __future__ import annotations
+
+import copy
+
+import mujoco
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode
+
+from common.cli import UserError
+from common.data import read_episodes
+from common.libero import env as env_module
+from common.libero import load_task, make_env
+from common.libero.env import LiberoVectorEnv
+
+pytestmark = pytest.mark.skipif(not hasattr(mujoco.mjtEnableBit, "mjENBL_SLEEP"), reason="needs MuJoCo 3.8 or later")
+
+
+@pytest.fixture(scope="module")
+def bowl_task(assets):
+    """libero_goal/8: put the bowl on the plate, a goal that asks for contact."""
+    return load_task("libero_goal/8", assets)
+
+
+def still(env: LiberoVectorEnv, steps: int) -> None:
+    for _ in range(steps):
+        env.step(np.zeros((env.num_envs, 7)))
+
+
+def test_what_rests_sleeps_and_stays_where_exact_physics_has_it(bowl_task):
+    exact, sleep = (make_env(bowl_task, 2, seed=0, physics=physics) for physics in ("exact", "sleep"))
+    for env in (exact, sleep):
+        env.reset(options={"init_state": [0, 1]})
+        still(env, 20)
+    assert all(data.ntree_awake == 1 for data in sleep.data)  # the arm
+    for a, b in zip(exact.data, sleep.data, strict=True):
+        np.testing.assert_allclose(a.xpos, b.xpos, atol=1e-3)
+    assert bowl_task.model.opt.enableflags & mujoco.mjtEnableBit.mjENBL_SLEEP == 0  # the task's own model is as it was
+
+
+def on_the_plate(env: LiberoVectorEnv) -> np.ndarray:
+    """A state in which the bowl stands on the plate, at rest, as exact physics leaves it."""
+    task = env.task
+    state = env.task.init_states[0].copy()
+    bowl, plate = (task.objects[name].joint_qpos for name in ("akita_black_bowl_1", "plate_1"))
+    state[1 + bowl : 1 + bowl + 3] = state[1 + plate : 1 + plate + 3] + [0, 0, 0.05]
+    return state
+
+
+def test_a_goal_that_needs_contact_holds_among_sleepers(bowl_task, monkeypatch):
+    """The bowl comes to rest on the plate; long after both have fallen asleep, and list no contact, the goal still holds."""
+    (goal,) = bowl_task.goal
+    assert goal.contact is not None
+    env = make_env(bowl_task, 1, seed=0, physics="sleep", autoreset_mode=AutoresetMode.DISABLED)
+    env.reset()
+    env.set_state(on_the_plate(env)[None])
+    still(env, 30)
+    data = env.data[0]
+    bodies = {int(bowl_task.model.body_rootid[bowl_task.model.geom_bodyid[g]]) for pair in data.contact.geom for g in pair}
+    assert data.ntree_awake == 1 and bowl_task.objects["akita_black_bowl_1"].body not in bodies
+    assert env.step(np.zeros((1, 7)))[2].all()
+
+
+def test_without_looking_among_sleepers_that_goal_would_be_missed(bowl_task, monkeypatch):
+    env = make_env(bowl_task, 1, seed=0, physics="sleep", autoreset_mode=AutoresetMode.DISABLED)
+    env.reset()
+    env.set_state(on_the_plate(env)[None])
+    still(env, 30)
+    monkeypatch.setattr(env, "physics", "exact")
+    assert not env.step(np.zeros((1, 7)))[2].any()
+
+
+def test_demonstrations_succeed_as_in_exact_physics(drawer_task, demos):
+    """Ten demonstrations of a drawer that is asleep until the hand comes: the same successes, within two control steps."""
+    episodes = read_episodes(demos, drawer_task)[:10]
+    found = {}
+    for physics in ("exact", "sleep"):
+        env = make_env(drawer_task, 10, seed=0, physics=physics, autoreset_mode=AutoresetMode.DISABLED)
+        env.reset()
+        env.set_state(np.stack([e.states[0] for e in episodes]))
+        found[physics] = np.full(10, -1)
+        for t in range(max(e.length for e in episodes)):
+            active = (found[physics] < 0) & [t < e.length for e in episodes]
+            actions = np.stack([e.actions[min(t, e.length - 1)] for e in episodes])
+            found[physics][active & env.step(actions, active)[2]] = t
+    assert (found["exact"] >= 0).sum() >= 8
+    np.testing.assert_array_equal(found["exact"] >= 0, found["sleep"] >= 0)
+    assert np.abs(found["exact"] - found["sleep"]).max() <= 2
+
+
+def test_goes_on_exactly_from_a_snapshot(bowl_task):
+    """Another environment, amid another episode, takes a snapshot over and does the same to the last bit, sleepers included."""
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (60, 2, 7))
+    actions[..., 2] -= 0.4  # down, into things
+    env, other = (make_env(bowl_task, 2, seed=0, physics="sleep", max_steps=1000) for _ in range(2))
+    env.reset(options={"init_state": [0, 1]})
+    other.reset(options={"init_state": [5, 6]})
+    for k, action in enumerate(actions):
+        if k % 20 == 10:
+            snapshot = copy.deepcopy(env.snapshot())
+            for e in (env, other):  # both, as training does before each rollout
+                e.restore(snapshot)
+            assert any(data.ntree_awake < bowl_task.model.ntree for data in env.data)
+        env.step(action)
+        other.step(action)
+        if k >= 10:
+            np.testing.assert_array_equal(env.get_state(), other.get_state())
+    assert any(data.ntree_awake > 1 for data in env.data)  # something was woken
+
+
+def test_what_cannot_sleep(bowl_task, monkeypatch):
+    with pytest.raises(UserError, match="no physics 'slow'; choose from exact, sleep"):
+        make_env(bowl_task, physics="slow")
+    with pytest.raises(UserError, match="physics sleep needs backend cpu"):
+        make_env(bowl_task, physics="sleep", backend="warp")
+    monkeypatch.delattr(env_module.mujoco.mjtEnableBit, "mjENBL_SLEEP")
+    with pytest.raises(UserError, match="physics sleep needs MuJoCo 3.8 or later"):
+        make_env(bowl_task, physics="sleep")
