@@ -21,7 +21,6 @@ import copy
 import dataclasses
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
@@ -548,7 +547,6 @@ class Reinforce(rollout.Trainer):
             ],
             eps=1e-5,
         )
-        self.outcomes: deque[float] = deque(maxlen=50)  # success of the last episodes
         self.obs, _ = env.reset(seed=args.seed)
 
     def iterate(self) -> dict[str, float]:
@@ -582,7 +580,7 @@ class Reinforce(rollout.Trainer):
             if ended.any():
                 next_obs[t, ended] = to_tensor(info["final_obs"], device)[ended]
             rewards[t], terminated[t], done[t] = (torch.as_tensor(x.astype(np.float32)) for x in (reward, term, ended))
-            self.outcomes.extend(term[ended].astype(float))
+            self.outcomes[0].extend(term[ended].astype(float))
             lengths += list(info["final_length"][ended]) if ended.any() else []
         rollout_seconds, began = time.perf_counter() - began, time.perf_counter()
 
@@ -619,7 +617,7 @@ class Reinforce(rollout.Trainer):
                 batch["learn_mean"] = agent.means(agent.base, agent.base.obs_encoder(obs), batch["x"], step)
         losses = ppo_update(args, agent, self.optimizer, batch, train_actor)
         self.iteration += 1
-        success = float(np.mean(self.outcomes)) if self.outcomes and self.settled else math.nan
+        success = float(np.mean(self.outcomes[0])) if self.outcomes[0] and self.settled else math.nan
         self.history.append([self.env_steps, success])
         variance = returns.var()
         charts = {
@@ -633,13 +631,6 @@ class Reinforce(rollout.Trainer):
             "losses/explained_variance": float(1 - (returns - values).var() / variance) if variance > 0 else math.nan,
         }
         return charts | {f"losses/{name}": value for name, value in losses.items()}
-
-    def state_dict(self) -> dict:
-        return super().state_dict() | {"outcomes": list(self.outcomes)}
-
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        self.outcomes = deque(state["outcomes"], maxlen=50)
 
 
 # ---------------------------------------------------------------------------------------------- the whole job
@@ -663,7 +654,7 @@ def main() -> None:
 
     # 2. Reinforce
     if run.stage in ("learn", "reinforce"):
-        run.train(Reinforce(args, job.train_env, agent), note)
+        job.train(Reinforce(args, job.train_env, agent), policy, [0], note)
     agent.load_state_dict(run.checkpoint["agent"])
 
     # Roll out, keep successes

@@ -20,7 +20,6 @@ import copy
 import dataclasses
 import math
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Annotated, Literal
 
@@ -500,7 +499,7 @@ class Reinforce(rollout.Trainer):
     def __init__(self, args: Args, env: LiberoVectorEnv, agent: Agent, encoder: PatternEncoder, alive: list[int], curriculum=None):
         if len(alive) == 1:  # no other pattern to keep apart from: Theorem 1's leash off, as in the paper's O2O-RL baseline
             args = dataclasses.replace(args, kl_coef=0.0, target_kl=math.inf)
-        super().__init__(args, env, agent)
+        super().__init__(args, env, agent, agent.num_patterns)
         self.encoder, self.alive, self.curriculum = encoder, np.array(alive), curriculum
         self.reference = copy.deepcopy(agent).requires_grad_(False)  # the Learn policy
         self.bonus_encoder = copy.deepcopy(encoder).requires_grad_(args.mi_encoder == "onpolicy").to(agent.device)
@@ -514,7 +513,6 @@ class Reinforce(rollout.Trainer):
         )
         self.bonus_optimizer = torch.optim.Adam(self.bonus_encoder.parameters(), lr=1e-3)
         self.rng = np.random.default_rng(args.seed + 2)
-        self.outcomes = [deque(maxlen=50) for _ in range(agent.num_patterns)]  # last episodes of each pattern
         self.z = self.rng.choice(self.alive, env.num_envs)
         self.bonus_sums = np.zeros(env.num_envs)
         self.obs, _ = env.reset(seed=args.seed)
@@ -623,11 +621,10 @@ class Reinforce(rollout.Trainer):
     def state_dict(self) -> dict:
         curriculum = self.curriculum and [self.curriculum.progress, self.curriculum.rng.bit_generator.state]
         own = {"z": self.z, "bonus_sums": self.bonus_sums, "rng": self.rng.bit_generator.state, "curriculum": curriculum}
-        return super().state_dict() | own | {"outcomes": [list(o) for o in self.outcomes]}
+        return super().state_dict() | own
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
-        self.outcomes = [deque(o, maxlen=50) for o in state["outcomes"]]
         self.z, self.bonus_sums = state["z"].numpy(), state["bonus_sums"].numpy()
         self.rng.bit_generator.state = state["rng"]
         if self.curriculum is not None:
@@ -679,7 +676,7 @@ def main() -> None:
     # 3. Reinforce
     if run.stage in ("learn", "reinforce"):
         curriculum = Curriculum(job.demos, patterns, np.random.default_rng(args.seed + 3)) if args.curriculum == "reverse" else None
-        run.train(Reinforce(args, job.train_env, agent, encoder, alive, curriculum), note)
+        job.train(Reinforce(args, job.train_env, agent, encoder, alive, curriculum), agent.act, alive, note)
     agent.load_state_dict(run.checkpoint["agent"])
 
     # Roll out, keep successes

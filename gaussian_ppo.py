@@ -20,7 +20,6 @@ import copy
 import dataclasses
 import math
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Annotated
 
@@ -262,7 +261,6 @@ class Reinforce(rollout.Trainer):
             ],
             eps=1e-5,
         )
-        self.outcomes: deque[float] = deque(maxlen=50)  # success of the last episodes
         self.obs, _ = env.reset(seed=args.seed)
 
     def iterate(self) -> dict[str, float]:
@@ -288,7 +286,7 @@ class Reinforce(rollout.Trainer):
             if ended.any():
                 next_obs[t, ended] = to_tensor(info["final_obs"], device)[ended]
             rewards[t], terminated[t], done[t] = (torch.as_tensor(x.astype(np.float32)) for x in (reward, term, ended))
-            self.outcomes.extend(term[ended].astype(float))
+            self.outcomes[0].extend(term[ended].astype(float))
             lengths += list(info["final_length"][ended]) if ended.any() else []
         rollout_seconds, began = time.perf_counter() - began, time.perf_counter()
 
@@ -311,7 +309,7 @@ class Reinforce(rollout.Trainer):
         }
         losses = ppo_update(args, agent, self.optimizer, batch, train_actor=self.iteration >= args.critic_warmup)
         self.iteration += 1
-        success = float(np.mean(self.outcomes)) if self.outcomes and self.settled else math.nan
+        success = float(np.mean(self.outcomes[0])) if self.outcomes[0] and self.settled else math.nan
         self.history.append([self.env_steps, success])
         variance = returns.var()
         charts = {
@@ -325,13 +323,6 @@ class Reinforce(rollout.Trainer):
             "losses/explained_variance": float(1 - (returns - values.flatten()).var() / variance) if variance > 0 else math.nan,
         }
         return charts | {f"losses/{name}": value for name, value in losses.items()}
-
-    def state_dict(self) -> dict:
-        return super().state_dict() | {"outcomes": list(self.outcomes)}
-
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        self.outcomes = deque(state["outcomes"], maxlen=50)
 
 
 # ---------------------------------------------------------------------------------------------- the whole job
@@ -354,7 +345,7 @@ def main() -> None:
 
     # 2. Reinforce
     if run.stage in ("learn", "reinforce"):
-        run.train(Reinforce(args, job.train_env, agent), note)
+        job.train(Reinforce(args, job.train_env, agent), agent.act, [0], note)
     agent.load_state_dict(run.checkpoint["agent"])
 
     # Roll out, keep successes

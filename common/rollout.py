@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +14,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from common import metrics, plots
-from common.cli import Count, NotNegative, Range, UserError, check_ranges
+from common.cli import Count, Fraction, NotNegative, Range, UserError, check_ranges
 from common.data import Episode, Recorder, read_episodes, write_episodes
 from common.libero import Task, load_task, make_env
 from common.libero.env import LiberoVectorEnv
@@ -77,6 +78,8 @@ class JobArgs:
     """action noise of scripted demonstrations (standard deviation, in units of the action range)"""
 
     # Roll out
+    stop_success: Fraction | None = None
+    """stop training when each pattern's last 50 episodes, and then the evaluation, succeed so often (None: train for all --total-steps)"""
     eval_episodes: Count = 50
     """official init states to evaluate each pattern on (at most 50)"""
     corpus_episodes: Count = 20
@@ -125,13 +128,31 @@ class Job:
         self.run.progress.say(f"{stage}: success {np.mean(rates):.0%}{each}")
         return rows
 
+    def train(self, trainer: Trainer, policy: Policy, patterns: Sequence[int], note: Callable[[dict[str, float]], str]) -> None:
+        """Train to the end, or until `--stop-success` is reached: in training's last episodes, and then in the evaluation, which is
+        kept if it says so (every pattern within 5 points of it)."""
+
+        def done() -> bool:
+            if not trainer.promising:
+                return False
+            trainer.looked = trainer.iteration
+            rows = self.evaluate(policy, patterns, "Reinforce so far")
+            rates = [row["success_rate"] for row in rows]
+            if np.mean(rates) >= self.args.stop_success and min(rates) >= self.args.stop_success - 0.05:
+                self.run.checkpoint["evaluation"] = rows
+                return True
+            self.run.progress.stage("Reinforce", trainer.num_iterations, trainer.iteration)
+            return False
+
+        self.run.train(trainer, note, done)
+
     def roll_out(self, policy: Policy, patterns: Sequence[int]) -> tuple[list[Episode], dict[str, Any]]:
         """The trained policy's evaluation and its corpus, with figures and videos, into the run's folder.
 
         Returns: the corpus, sorted by pattern, and what summary.json says of it.
         """
         run, args, task, env, progress = self.run, self.args, self.task, self.eval_env, self.run.progress
-        per_pattern = self.evaluate(policy, patterns, "Reinforce")
+        per_pattern = run.checkpoint.get("evaluation") or self.evaluate(policy, patterns, "Reinforce")
         corpus = collect_corpus(env, policy, patterns, args.corpus_episodes, args.seed + 4, run.script, progress)
         if not corpus:
             raise UserError(f"no rollout succeeded, so there is no corpus to write; the logs are in {run.folder}")
@@ -168,8 +189,10 @@ class Trainer:
 
     parts: tuple[str, ...] = ("agent", "optimizer")
 
-    def __init__(self, args: JobArgs, env: LiberoVectorEnv, agent: torch.nn.Module):
-        self.args, self.env, self.agent = args, env, agent
+    def __init__(self, args: JobArgs, env: LiberoVectorEnv, agent: torch.nn.Module, num_patterns: int = 1):
+        self.args, self.env, self.agent, self.alive = args, env, agent, np.arange(num_patterns)
+        self.outcomes = [deque(maxlen=50) for _ in range(num_patterns)]  # success of the last episodes of each pattern
+        self.looked = 0  # when it was last seen whether training can stop
         self.num_iterations = max(1, args.total_steps // (args.num_steps * env.num_envs))
         self.iteration = 0
         self.history: list[list[float]] = []  # environment steps, then success (of each pattern)
@@ -183,6 +206,13 @@ class Trainer:
     def settled(self) -> bool:
         """Whether failures have had time to end, too: before that, success says nothing."""
         return self.iteration * self.args.num_steps >= self.env.max_steps
+
+    @property
+    def promising(self) -> bool:
+        """Whether each pattern's last 50 episodes say that training might stop (and a tenth of it has passed since it was looked at)."""
+        if self.args.stop_success is None or not self.settled or self.iteration - self.looked < self.num_iterations / 10:
+            return False
+        return all(len(o) == o.maxlen and np.mean(o) >= self.args.stop_success for o in (self.outcomes[k] for k in self.alive))
 
     def run_iteration(self) -> dict[str, float]:
         """One rollout and update; returns what to log."""
@@ -199,6 +229,8 @@ class Trainer:
         return {name: getattr(self, name).state_dict() for name in self.parts} | {
             "iteration": self.iteration,
             "history": self.history,
+            "outcomes": [list(o) for o in self.outcomes],
+            "looked": self.looked,
             "env": self.env.snapshot(),
             "torch_rng": rng_state(self.agent.device),
         }
@@ -206,7 +238,8 @@ class Trainer:
     def load_state_dict(self, state: dict) -> None:
         for name in self.parts:
             getattr(self, name).load_state_dict(state[name])
-        self.iteration, self.history = state["iteration"], state["history"]
+        self.iteration, self.history, self.looked = state["iteration"], state["history"], state["looked"]
+        self.outcomes = [deque(o, maxlen=50) for o in state["outcomes"]]
         self.env.restore(state["env"])
         self.obs = self.env.observations()
         set_rng_state(state["torch_rng"], self.agent.device)

@@ -243,8 +243,8 @@ class Run:
 
         return tick
 
-    def train(self, trainer, note: Callable[[dict[str, float]], str]) -> None:
-        """Run a trainer's iterations to their end, from where the checkpoint has it, saving every `checkpoint_interval`.
+    def train(self, trainer, note: Callable[[dict[str, float]], str], done: Callable[[], bool] = lambda: False) -> None:
+        """Run a trainer's iterations to their end, or until `done`, from where the checkpoint has it, saving every `checkpoint_interval`.
 
         A trainer has `iteration`, `num_iterations`, `env_steps`, `run_iteration()`, which returns what to log, and a state dict.
         `note` makes the progress line of what is logged.
@@ -262,6 +262,8 @@ class Run:
                 self.save("reinforce", trainer=trainer.state_dict(), env_steps=trainer.env_steps)
             if self.stopping:
                 sys.exit(143)
+            if done():
+                break
         self.training = False
         self.checkpoint.pop("trainer", None)
         self.save("roll out", agent=trainer.agent.state_dict(), history=trainer.history, env_steps=trainer.env_steps)

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -373,6 +374,46 @@ def fail_at(run: Run, iteration: int) -> None:
         return ""
 
     run.train(trainer, note)
+
+
+class Succeeding(rollout.Trainer):
+    """A trainer of two patterns, of 30 iterations of 10 steps in 2 environments, whose episodes succeed with probability `rate`."""
+
+    def __init__(self, rate: float, stop_success: float | None):
+        args = types.SimpleNamespace(total_steps=600, num_steps=10, seed=0, physics="exact", stop_success=stop_success)
+        super().__init__(args, types.SimpleNamespace(num_envs=2, max_steps=40), torch.nn.Linear(1, 1), num_patterns=2)
+        self.rate = rate
+
+    def iterate(self):
+        self.iteration += 1
+        for outcomes in self.outcomes:
+            outcomes.extend(np.arange(10) < 10 * self.rate)
+        return {"losses/value_loss": 0.5}
+
+
+@pytest.mark.parametrize(
+    "rate, evaluated, stop_success, stopped, looks",
+    [
+        (0.9, [0.9, 0.86], 0.88, 5, 1),  # after 50 episodes of each, longer than the 40 steps in which failures end
+        (0.9, [1.0, 0.82], 0.88, 30, 9),  # one pattern too low in the evaluation: looked at again each tenth
+        (0.9, [0.9, 0.84], 0.88, 30, 9),  # the mean too low
+        (0.8, [1.0, 1.0], 0.88, 30, 0),
+        (1.0, [1.0, 1.0], None, 30, 0),
+    ],
+)
+def test_training_stops_when_training_and_evaluation_say_so(begin, monkeypatch, rate, evaluated, stop_success, stopped, looks):
+    run, seen = begin("--checkpoint-interval", "1000"), []
+
+    def evaluate(policy, patterns, stage):
+        seen.append(stage)
+        return [{"success_rate": rate} for rate in evaluated]
+
+    trainer = Succeeding(rate, stop_success)
+    job = types.SimpleNamespace(run=run, args=trainer.args, evaluate=evaluate)
+    rollout.Job.train(job, trainer, None, [0, 1], lambda logs: "")
+    assert (trainer.iteration, len(seen)) == (stopped, looks)
+    assert ("evaluation" in run.checkpoint) == (stopped < 30) and run.stage == "roll out"
+    let_go(run)
 
 
 def test_revision_is_not_another_repositorys(tmp_path, monkeypatch):
