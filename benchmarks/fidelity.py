@@ -353,7 +353,7 @@ def load_policy(run: Path, assets: str | None) -> tuple[Task, dict, Callable, li
             raise UserError(f"{run} was made by another version of {config['script']}.py, with other weights; train it again") from error
         return agent.act
 
-    return load_task(checkpoint["task"], assets), {"obs": args.obs, "image_size": args.image_size}, make, patterns
+    return load_task(checkpoint["name"], assets), {"obs": args.obs, "image_size": args.image_size}, make, patterns
 
 
 def compare_backends(

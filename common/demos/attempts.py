@@ -33,6 +33,7 @@ def perform(
     num_envs: int,
     max_steps: int | None = None,
     replayable: bool = False,
+    physics: str = "exact",
 ) -> Iterator[tuple[Attempt, Episode]]:
     """Make the attempts that `next_attempt` hands out (None: no more for now), `num_envs` at a time; yields (attempt, episode).
 
@@ -40,7 +41,7 @@ def perform(
     `replayable`, it starts from nothing but its first state, without the memory of controller and solver that no file holds,
     as a replay will.
     """
-    env = make_env(task, num_envs, autoreset_mode=AutoresetMode.DISABLED, max_steps=max_steps)
+    env = make_env(task, num_envs, autoreset_mode=AutoresetMode.DISABLED, max_steps=max_steps, physics=physics)
     recorder = Recorder(env)
     running: dict[int, tuple[Attempt, Demonstrator]] = {}
 
