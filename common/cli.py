@@ -108,8 +108,19 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def usable_cores() -> int:
-    """How many CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many CPU cores this process may use: those of its affinity, or fewer by a container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(cores, _quota())))
+
+
+def _quota(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """CPU time per time that the control group grants (inf: as much as there is), of Linux's cgroups v2 or v1."""
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = " ".join((root / name).read_text() for name in files).split()
+            if quota != "max" and float(quota) > 0:
+                return float(quota) / float(period)
+    return math.inf
 
 
 def cache_dir() -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -471,3 +472,31 @@ def test_training_states_follow_the_official_distribution(assets, task_id):
     assert min(p_values) > 0.001 / len(columns), dict(zip(columns, p_values, strict=True))
     heights = [o.joint_qpos + 2 for o in task.objects.values() if o.joint_qpos is not None]
     np.testing.assert_allclose(official[:, heights].mean(0), ours[:, heights].mean(0), atol=2e-3)
+
+
+def test_reading_the_seed_changes_nothing(drawer_task):
+    env, other = (make_env(drawer_task, 2, seed=5) for _ in range(2))
+    assert env.np_random_seed == 5
+    np.testing.assert_array_equal(env.reset()[1]["state_index"], other.reset()[1]["state_index"])
+    env.reset(seed=7)
+    assert env.np_random_seed == 7 and make_env(drawer_task).np_random_seed == -1
+
+
+@pytest.mark.parametrize(
+    "files, quota",
+    [
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu.max": "max 100000\n"}, math.inf),
+        ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 0.5),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf),
+        ({"cpu.max": "nonsense"}, math.inf),
+        ({}, math.inf),
+    ],
+)
+def test_a_containers_quota_counts(tmp_path, monkeypatch, files, quota):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert cli._quota(tmp_path) == quota
+    monkeypatch.setattr(cli, "_quota", lambda: 0.5)
+    assert cli.usable_cores() == 1

@@ -104,7 +104,7 @@ class LiberoVectorEnv(LiberoEnv):
     ):
         super().__init__(task, num_envs, settle_steps, max_steps, autoreset_mode)
         self.physics, self.model = physics, physics_model(task.model, physics)
-        self._np_random = np.random.default_rng(seed)
+        self._np_random, self._np_random_seed = np.random.default_rng(seed), -1 if seed is None else seed
         self._settled: dict[tuple[str, int], tuple[np.ndarray, ...]] = {}
 
         model = self.model
@@ -138,7 +138,7 @@ class LiberoVectorEnv(LiberoEnv):
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         """Start episodes. `options`: "init_state" (num_envs,) indices of official init states; "reset_mask" (num_envs,) bool."""
         if seed is not None:
-            self._np_random = np.random.default_rng(seed)
+            self._np_random, self._np_random_seed = np.random.default_rng(seed), seed
         options = options or {}
         mask = np.asarray(options.get("reset_mask", np.ones(self.num_envs, bool)), bool)
         if (indices := options.get("init_state")) is not None:
