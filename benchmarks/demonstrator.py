@@ -27,9 +27,8 @@ from tqdm import tqdm
 from common.cli import UserError, atomic_path, run_command, usable_cores
 from common.demos import Attempt, perform, strategies
 from common.libero import load_task
-from common.libero.assets import assets_fingerprint, find_assets
+from common.libero.assets import asset_names, find_assets
 from common.libero.env import share_cores
-from common.libero.standins import is_standin
 from common.metrics import newcombe_interval
 from common.runs import versions
 from common.suites import SUITES, resolve, task_names
@@ -67,8 +66,7 @@ class Args:
 
 def asset_set(choice: str | None) -> str:
     """The name of an asset set, as `Task.assets` gives it."""
-    kind = "standin" if is_standin(folder := find_assets(choice)) else "libero"
-    return f"{kind}:{assets_fingerprint(folder)}"
+    return asset_names(find_assets(choice))[0]
 
 
 def suite_tasks(suite: str) -> list[str]:

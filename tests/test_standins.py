@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ast
-import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
-import types
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -17,15 +15,12 @@ import numpy as np
 import pytest
 
 from benchmarks import standins as benchmark
-from common.cli import UserError
-from common.libero import assets as assets_module
 from common.libero import build, make_env, standins, tasks
-from common.libero.assets import find_assets
 from common.libero.goals import predicate_holds
 from common.libero.original import bddl_file, official_init_states
 from common.libero.standin_things import small_objects
 from common.libero.step import NO_OP
-from common.suites import libero_root, task_names
+from common.suites import task_names
 
 ROOT = Path(__file__).resolve().parent.parent
 # One task of each of LIBERO's five scenes, which together hold 26 of its 33 categories of things.
@@ -374,77 +369,7 @@ def test_articulated_parts_move(standin_tasks):
     assert np.linalg.norm(moved[:2]) > 0.13
 
 
-# ---------------------------------------------------------------------------------------------- which assets
-
-
-def test_forced(monkeypatch, caplog):
-    """`standin` takes them without a warning, as an argument and in LIBERO_ASSETS, even where LIBERO's own are there."""
-    monkeypatch.setattr(assets_module, "_download_assets", lambda folder: pytest.fail("nothing is to be downloaded"))
-    monkeypatch.setenv("LIBERO_ASSETS", "standin")
-    assert find_assets() == find_assets("standin") == standins.standin_assets()
-    assert not caplog.records
-
-
-def test_last_resort_is_warned_of_once(tmp_path, monkeypatch, caplog):
-    """Without LIBERO's assets: the stand-ins, with one line that says why, what it means and what to do; silent in workers."""
-    monkeypatch.delenv("LIBERO_ASSETS", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("RL_DATA_ENGINE_CACHE", str(tmp_path / "cache"))
-    if (libero_root() / "assets").is_dir():
-        pytest.skip("LIBERO has its assets beside its code here")
-    assets_module._warn_of_standins.cache_clear()
-    monkeypatch.setattr(assets_module, "_download_assets", lambda folder: "not here")
-    assert find_assets() == find_assets() and standins.is_standin(find_assets())
-    (record,) = caplog.records
-    message = record.getMessage()
-    assert "not here" in message and "NOT COMPARABLE" in message and "--assets DIR" in message and "\n" not in message
-    assets_module._warn_of_standins.cache_clear()
-    monkeypatch.setattr(multiprocessing, "parent_process", lambda: object())
-    find_assets()
-    assert len(caplog.records) == 1
-
-
-def test_an_explicit_folder_is_never_replaced(tmp_path, monkeypatch):
-    monkeypatch.setattr(assets_module, "_download_assets", lambda folder: pytest.fail("nothing is to be downloaded"))
-    with pytest.raises(UserError, match="not a LIBERO asset tree"):
-        find_assets(str(tmp_path))
-    monkeypatch.setenv("LIBERO_ASSETS", str(tmp_path))
-    with pytest.raises(UserError, match=r"\(LIBERO_ASSETS\)"):
-        find_assets()
-
-
-def hub(monkeypatch, download, offline=False):
-    """A huggingface_hub that downloads with `download(folder)`."""
-    module = types.ModuleType("huggingface_hub")
-    module.constants = types.SimpleNamespace(HF_HUB_OFFLINE=offline)
-    module.HfApi = lambda: types.SimpleNamespace(repo_info=lambda *args, **kwargs: types.SimpleNamespace(sha="0"))
-    module.snapshot_download = lambda *args, local_dir, **kwargs: download(Path(local_dir))
-    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
-    find_spec = assets_module.importlib.util.find_spec
-    monkeypatch.setattr(assets_module.importlib.util, "find_spec", lambda name: True if name == "huggingface_hub" else find_spec(name))
-
-
-def test_download(tmp_path, monkeypatch, capsys):
-    """A download is announced, and whole or not at all; HF_HUB_OFFLINE forbids it."""
-    target = tmp_path / "libero" / "assets"
-
-    def whole(folder):
-        for name in ("scenes", "articulated_objects", "stable_hope_objects", "textures"):
-            (folder / name).mkdir()
-
-    def broken(folder):
-        (folder / "scenes").mkdir()
-        raise ConnectionError("the network is gone")
-
-    hub(monkeypatch, broken)
-    assert "ConnectionError" in assets_module._download_assets.__wrapped__(target)
-    assert not target.exists() and not list(target.parent.iterdir())
-    hub(monkeypatch, whole, offline=True)
-    assert "HF_HUB_OFFLINE" in assets_module._download_assets.__wrapped__(target)
-    hub(monkeypatch, whole)
-    assert assets_module._download_assets.__wrapped__(target) is None
-    assert (target / "scenes").is_dir() and [p.name for p in target.parent.iterdir()] == ["assets"]
-    assert capsys.readouterr().err.count("downloading LIBERO's assets (140 MB) from the Hugging Face Hub") == 2
+# ---------------------------------------------------------------------------------------------- textures and states
 
 
 def test_small_textures_keep_their_colour_space(tmp_path, monkeypatch):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
+from unittest import mock
 
 import mujoco
 import numpy as np
 import tyro
 
 from common.cli import UserError, atomic_path, cache_dir, run_command
-from common.libero.assets import assets_fingerprint, find_assets
-from common.libero.original import bddl_file, construct_libero_env, official_init_states
-from common.libero.standins import is_standin
+from common.libero.assets import asset_names, find_assets
+from common.libero.original import bddl_file, construct_libero_env, import_libero, official_init_states
 from common.libero.tasks import ObjectInfo, Predicate, SiteInfo, Task, cache_file, resolve, task_names, write_task
 
 NUM_TRAIN_STATES = 256  # pre-sampled training resets a task
@@ -23,16 +25,26 @@ TEXTURE_SIZE = 256  # pixels; LIBERO's full textures make 90 to 220 MB a model a
 
 def build_task(suite: str, index: int, folder: Path) -> Task:
     """Compile a task through LIBERO and robosuite, and sample its training resets."""
-    env = construct_libero_env(suite, index, folder)
-    domain = env.env
-    domain.set_xml_processor(_shrink_textures)
-    env.seed(0)
-    env.reset()  # rebuilds the model: this is the one we keep, laid out as `libero_env` does
+    import_libero(folder)
+    from robosuite.environments.base import MujocoEnv
+
+    initialize = MujocoEnv._initialize_sim
+
+    def initialize_small(self, xml_string: str | None = None) -> None:
+        self.set_xml_processor(_shrink_textures)
+        initialize(self, xml_string)
+
+    with mock.patch.object(MujocoEnv, "_initialize_sim", initialize_small):  # LIBERO compiles its model while it is constructed
+        env = construct_libero_env(suite, index, folder)
+        domain = env.env
+        env.seed(0)
+        env.reset()  # rebuilds the model: this is the one we keep, laid out as `libero_env` does
     xml = domain.model.get_xml()
     model = domain.sim.model._model
     objects = _objects(domain, model)
     sites = _sites(domain, model, objects)
     robot = domain.robots[0]
+    assets, image_assets = asset_names(folder)
     return Task(
         suite=suite,
         index=index,
@@ -40,8 +52,10 @@ def build_task(suite: str, index: int, folder: Path) -> Task:
         language=env.language_instruction,
         problem_name=env.problem_name,
         bddl_file=str(bddl_file(suite, index)),
+        bddl=bddl_file(suite, index).read_text(),
         xml=xml,
-        assets=f"{'standin' if is_standin(folder) else 'libero'}:{assets_fingerprint(folder)}",
+        assets=assets,
+        image_assets=image_assets,
         goal=[_predicate(domain, state, objects, sites, model) for state in domain.parsed_problem["goal_state"]],
         objects=objects,
         sites=sites,
@@ -62,35 +76,38 @@ def build_task(suite: str, index: int, folder: Path) -> Task:
 
 
 def _shrink_textures(xml: str) -> str:
-    """Give every texture file of an MJCF text at most TEXTURE_SIZE pixels a side (copies beside the cache, by content)."""
-    import xml.etree.ElementTree as ET
-
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
+    """Give every texture file of an MJCF text at most TEXTURE_SIZE pixels a side."""
     root = ET.fromstring(xml)
     for texture in root.iter("texture"):
         file = texture.get("file")
-        if file is None or not file.lower().endswith(".png"):
-            continue
-        with Image.open(file) as image:
-            intent = image.info.get("srgb")  # of the sRGB chunk: without it, MuJoCo takes the colours as linear, and shows them lighter
+        if file is not None and file.lower().endswith(".png"):
+            texture.set("file", str(_small_texture(file, texture.get("type") == "cube")))
+    return ET.tostring(root, encoding="unicode")
+
+
+@functools.cache
+def _small_texture(file: str, cube: bool) -> Path:
+    """A copy of a texture of at most TEXTURE_SIZE pixels a side, beside the cache and named after the content."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    with Image.open(file) as image:
+        intent = image.info.get("srgb")  # of the sRGB chunk: without it, MuJoCo takes the colours as linear, and shows them lighter
         tag = "" if intent is None else f"-srgb{intent}"
         small = cache_dir() / "textures" / f"{hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]}-{TEXTURE_SIZE}{tag}.png"
-        if not small.exists():
-            image = Image.open(file).convert("RGB")
-            width, height = image.size
-            scale = min(1.0, TEXTURE_SIZE / max(width, height))
-            shape = (max(1, round(width * scale)), max(1, round(height * scale)))
-            if texture.get("type") == "cube" and width == height:
-                shape = (shape[0], shape[0])
-            chunks = PngInfo()
-            if intent is not None:
-                chunks.add(b"sRGB", bytes([intent]))
-            with atomic_path(small) as temporary:
-                image.resize(shape, Image.Resampling.LANCZOS).save(temporary, pnginfo=chunks)
-        texture.set("file", str(small))
-    return ET.tostring(root, encoding="unicode")
+        if small.exists():
+            return small
+        width, height = image.size
+        scale = min(1.0, TEXTURE_SIZE / max(width, height))
+        shape = (max(1, round(width * scale)), max(1, round(height * scale)))
+        if cube and width == height:
+            shape = (shape[0], shape[0])
+        chunks = PngInfo()
+        if intent is not None:
+            chunks.add(b"sRGB", bytes([intent]))
+        with atomic_path(small) as temporary:
+            image.convert("RGB").resize(shape, Image.Resampling.LANCZOS).save(temporary, pnginfo=chunks)
+    return small
 
 
 def _ids(model: mujoco.MjModel, kind: mujoco.mjtObj, names) -> tuple[int, ...]:
@@ -182,6 +199,9 @@ def _sample_train_states(domain, model) -> np.ndarray:
     homes = {model.body(f.root_body).id: f.get_obj() for f in domain.fixtures_dict.values()}
     domain.hard_reset = False
     domain.robots[0].initialization_noise = {"type": "gaussian", "magnitude": 0.02}
+    # Of a reset this is most of the time and nothing of the state: forward passes for a new controller with all objects in one place,
+    # and indices that have not changed.
+    domain.robots[0]._load_controller = domain._setup_references = lambda: None
     states = []
     np.random.seed(1)
     while len(states) < NUM_TRAIN_STATES:

@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
+import codecs
+import hashlib
+import io
 import logging
 import os
+import pickle
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import mujoco
 import numpy as np
 
 from common.cli import UserError, atomic_path, cache_dir
-from common.libero.assets import find_assets, libero_root
-from common.libero.tasks import resolve, task_names
+from common.libero.assets import find_assets
+from common.suites import libero_root, resolve, task_names
 
 
 def import_libero(assets: Path | None):
     """Import LIBERO without a question, a GL library or the asset download; returns its `ControlEnv` class.
 
-    Changes this process: MUJOCO_GL is set by robosuite, and numpy's global generator is used by LIBERO's resets.
+    Changes this process: numpy's global generator is used by LIBERO's resets.
     """
-    config = cache_dir() / "libero-config"
-    if not (config / "config.yaml").exists():  # without it, the first import asks for a data folder on stdin
-        root = libero_root()
-        folders = {"bddl_files": "bddl_files", "init_states": "init_files", "datasets": "../datasets", "assets": "assets"}
-        lines = [f"benchmark_root: {root}", *(f"{k}: {root / v}" for k, v in folders.items())]
-        with atomic_path(config / "config.yaml") as temporary:
-            temporary.write_text("\n".join(lines) + "\n")
-    os.environ.setdefault("LIBERO_CONFIG_PATH", str(config))
-    gl = os.environ.get("MUJOCO_GL")
+    gl, theirs = os.environ.get("MUJOCO_GL"), os.environ.get("LIBERO_CONFIG_PATH")
+    os.environ["LIBERO_CONFIG_PATH"] = str(_libero_config())
     for backend, name in (("egl", "EGLGLContext"), ("osmesa", "OSMesaGLContext"), ("glfw", "GLFWGLContext")):
-        module = f"robosuite.renderers.context.{backend}_context"
-        if gl is None and module not in sys.modules:  # pictures from LIBERO itself need MUJOCO_GL set and a GL library
-            sys.modules[module] = types.ModuleType(module)
-            setattr(sys.modules[module], name, None)
+        if gl is None:  # pictures from LIBERO itself need MUJOCO_GL set and a GL library
+            _pretend(f"robosuite.renderers.context.{backend}_context", **{name: None})
+    _pretend("robosuite.macros_private", FILE_LOGGING_LEVEL=None)  # else a log file of one name for all users of a machine
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
     try:
         import libero.libero
@@ -42,8 +39,10 @@ def import_libero(assets: Path | None):
     except ImportError as error:
         raise UserError(f"LIBERO does not import ({error}); run: pip install --no-deps -r requirements-libero.txt") from error
     finally:
-        if gl is None:
-            os.environ.pop("MUJOCO_GL", None)
+        for variable, value in (("MUJOCO_GL", gl), ("LIBERO_CONFIG_PATH", theirs)):
+            os.environ.pop(variable, None)
+            if value is not None:
+                os.environ[variable] = value
     _mend_robosuite()
     if assets is not None:
         libero.libero._assets_path_cache = str(assets)
@@ -63,6 +62,25 @@ def _mend_robosuite() -> None:
     binding_utils.MjData.qM = property(lambda self: self._data.M)
     base_controller.mujoco = types.SimpleNamespace(mj_fullM=dense)  # the one function that it calls
     binding_utils.MjModel.jnt_type = property(lambda self: self._model.jnt_type.tolist())
+
+
+def _libero_config() -> Path:
+    """A folder with LIBERO's config.yaml: without one, its first import asks for a data folder on stdin."""
+    root = libero_root()
+    folders = {"bddl_files": "bddl_files", "init_states": "init_files", "datasets": "../datasets", "assets": "assets"}
+    text = "\n".join([f"benchmark_root: {root}", *(f"{k}: {root / v}" for k, v in folders.items())]) + "\n"
+    file = cache_dir() / "libero-config" / hashlib.sha256(text.encode()).hexdigest()[:12] / "config.yaml"
+    if not file.exists():
+        with atomic_path(file) as temporary:
+            temporary.write_text(text)
+    return file.parent
+
+
+def _pretend(name: str, **content) -> None:
+    """Have `import name` find a module with this content instead of the real one."""
+    if name not in sys.modules:
+        sys.modules[name] = types.ModuleType(name)
+        vars(sys.modules[name]).update(content)
 
 
 def libero_env(task_id: str, assets: str | None = None, **kwargs):
@@ -87,13 +105,20 @@ def bddl_file(suite: str, index: int) -> Path:
     return libero_root() / "bddl_files" / suite / f"{task_names()[suite][index]}.bddl"
 
 
+def init_states_file(suite: str, index: int) -> Path:
+    return libero_root() / "init_files" / suite / f"{task_names()[suite][index]}.pruned_init"
+
+
 def official_init_states(suite: str, index: int) -> np.ndarray:
-    """LIBERO's 50 init states: a pickle that torch wrote, read with a loader that admits numpy arrays only."""
-    import _codecs
+    """LIBERO's 50 init states: a pickle as torch writes it, read without torch by a loader that admits numpy arrays only."""
+    with zipfile.ZipFile(init_states_file(suite, index)) as file:
+        (name,) = (n for n in file.namelist() if n.endswith("/data.pkl"))
+        return np.asarray(_ArrayUnpickler(io.BytesIO(file.read(name))).load(), np.float64)
 
-    import torch
 
-    path = libero_root() / "init_files" / suite / f"{task_names()[suite][index]}.pruned_init"
-    allowed = [(np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype, _codecs.encode]
-    with torch.serialization.safe_globals([*allowed, type(np.dtype(np.float64))]):
-        return np.asarray(torch.load(path, weights_only=True), np.float64)
+class _ArrayUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        admitted = {"_reconstruct": np._core.multiarray._reconstruct, "ndarray": np.ndarray, "dtype": np.dtype, "encode": codecs.encode}
+        if module.partition(".")[0] in ("numpy", "_codecs") and name in admitted:
+            return admitted[name]
+        raise pickle.UnpicklingError(f"{module}.{name} has no place among init states")

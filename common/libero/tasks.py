@@ -18,13 +18,16 @@ import re
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import mujoco
 import numpy as np
 
 from common.cli import UserError, atomic_path, cache_dir
-from common.libero.assets import assets_fingerprint, find_assets
+from common.libero import store
+from common.libero.assets import asset_names, assets_like, find_assets
+from common.libero.original import bddl_file, init_states_file
 from common.suites import MAX_STEPS, libero_root, resolve, task_names
 
 MUJOCO_FIRST, MUJOCO_END = (3, 3, 7), (5, 0, 0)
@@ -87,8 +90,10 @@ class Task:
     language: str
     problem_name: str
     bddl_file: str
+    bddl: str  # the text of that file
     xml: str
-    assets: str  # which assets the model was built from: "libero" or "standin", with their fingerprint
+    assets: str  # which assets the model was built from: "libero" or "standin", with the fingerprint of what moves and collides
+    image_assets: str  # the same with a fingerprint of what is only seen: which assets pictures show
     goal: list[Predicate]
     objects: dict[str, ObjectInfo]
     sites: dict[str, SiteInfo]
@@ -140,34 +145,42 @@ def require_mujoco() -> None:
 
 
 def cache_file(suite: str, index: int, folder: Path) -> Path:
-    """Where a compiled task is kept: the key covers the task, the versions, the assets and the code that compiles it."""
+    """Where a compiled task is kept: the key covers the task's files in LIBERO, the versions, the assets and the code that compiles it."""
     versions = [mujoco.__version__, *(importlib.metadata.version(p) for p in ("robosuite", "hf-libero", "bddl"))]
-    sources = b"".join((Path(__file__).parent / name).read_bytes() for name in ("tasks.py", "build.py", "original.py"))
-    parts = [*versions, assets_fingerprint(folder), hashlib.sha256(sources).hexdigest()]
-    key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]
-    return cache_dir() / "tasks" / f"{suite}-{index:02d}-mujoco{mujoco.__version__}-{key}.npz"
+    sources = [Path(__file__).with_name(f"{name}.py") for name in ("tasks", "build", "original", "store")]
+    digest = hashlib.sha256(repr((versions, asset_names(folder))).encode())
+    for path in (*sources, bddl_file(suite, index), init_states_file(suite, index)):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return cache_dir() / "tasks" / f"{suite}-{index:02d}-mujoco{mujoco.__version__}-{digest.hexdigest()[:12]}.npz"
 
 
-def load_task(task_id: str, assets: str | None = None) -> Task:
-    """Load a task, compiling it (3 to 30 s) if the cache has no good copy.
+def load_task(task_id: str, assets: str | None = None, made_on: str | None = None) -> Task:
+    """Load a task, compiling it (some seconds) if the cache has no good copy.
 
     Args:
         task_id: see `resolve`.
-        assets: LIBERO's asset folder or "standin", see `find_assets`.
+        assets: LIBERO's asset folder, "libero" or "standin", see `find_assets`.
+        made_on: the assets (`Task.assets`) of a file that the task is loaded for: without `assets`, assets of that kind are taken.
 
     Raises:
-        UserError: unknown or ambiguous task, missing or broken assets, an unknown MuJoCo.
+        UserError: unknown or ambiguous task, missing or broken assets, others than `made_on`, an unknown MuJoCo.
     """
     require_mujoco()
     suite, index = resolve(task_id)
-    folder = find_assets(assets)
+    task = _load(suite, index, find_assets(assets_like(made_on, assets)))
+    if made_on not in (None, "unknown", task.assets):
+        raise UserError(f"it was made on assets {made_on}, and those here are {task.assets}; name its own with --assets")
+    return task
+
+
+def _load(suite: str, index: int, folder: Path) -> Task:
     path = cache_file(suite, index, folder)
     try:
         return _read_task(path)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, mujoco.FatalError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, mujoco.FatalError) as error:
         if path.exists():
             logging.getLogger(__name__).warning("cache entry %s is damaged (%s): building it again", path.name, error)
-    # A process of its own, because importing robosuite changes MUJOCO_GL and numpy's global generator for good.
+    # A process of its own, because importing robosuite changes numpy's global generator and more.
     arguments = [sys.executable, "-m", "common.libero.build", "--task", f"{suite}/{index}", "--assets", str(folder)]
     root = Path(__file__).resolve().parents[2]
     result = subprocess.run(arguments, cwd=root, stdin=subprocess.DEVNULL, capture_output=True, text=True)
@@ -180,7 +193,7 @@ def load_task(task_id: str, assets: str | None = None) -> Task:
 def _read_task(path: Path) -> Task:
     with np.load(path, allow_pickle=False) as file:  # a zip archive: every member carries a checksum
         meta = json.loads(file["meta"].tobytes())
-        model = mujoco.MjModel.from_binary_path("task.mjb", {"task.mjb": file["model"].tobytes()})
+        model = store.load(file["model"], meta.pop("meshes"))
         arrays = {name: file[name] for name in ("init_states", "train_states")}
     tuples = lambda values: tuple(tuples(v) if isinstance(v, list) else v for v in values)  # noqa: E731
     read = lambda cls, row: cls(**{k: tuples(v) if isinstance(v, list) else v for k, v in row.items()})  # noqa: E731
@@ -191,14 +204,14 @@ def _read_task(path: Path) -> Task:
 
 
 def write_task(path: Path, task: Task) -> None:
+    binary, meshes = store.save(task.model)
     meta = {f.name: getattr(task, f.name) for f in dataclasses.fields(task) if f.name not in ("model", "init_states", "train_states")}
     meta["goal"] = [dataclasses.asdict(p) for p in task.goal]
     meta["objects"] = [dataclasses.asdict(o) for o in task.objects.values()]
     meta["sites"] = [dataclasses.asdict(s) for s in task.sites.values()]
-    binary = np.empty(mujoco.mj_sizeModel(task.model), np.uint8)
-    mujoco.mj_saveModel(task.model, None, binary)
+    meta["meshes"] = meshes
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(
+        np.savez_compressed(
             file,
             meta=np.frombuffer(json.dumps(meta).encode(), np.uint8),
             model=binary,
