@@ -21,7 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import mujoco
 import numpy as np
 import torch
 import tyro
@@ -205,7 +204,7 @@ def check_match(meta: dict, task: Task, renderer: str, allow: bool, say: Callabl
     pairs = {
         "renderer": ({meta["renderer"]}, renderer),
         "assets": ({meta["assets"]}, task.assets),
-        "mujoco": (recorded, mujoco.__version__),
+        "mujoco": (recorded, versions()["mujoco"]),
     }
     wrong = [
         f"{name} {', '.join(sorted(then))} in training, {now} here" for name, (then, now) in pairs.items() if then - {"unknown"} - {now}

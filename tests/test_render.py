@@ -145,6 +145,8 @@ def test_error_lines(model):
         renderers.make_renderer(model, ("top",), width=0)
     with pytest.raises(ValueError, match=r"not \(B, 3\)"):
         renderers.make_renderer(model, ("top",)).render(np.zeros(3))
+    with pytest.raises(UserError, match="not recorded: name it with --renderer"):
+        renderers.make_renderer(model, ("top",), renderer="unknown")
     assert renderers.available() == (True, "")
     assert renderers.available("vulkan") == (False, "no renderer 'vulkan'; choose from warp, gl")
 
@@ -164,6 +166,44 @@ def test_unwritable_cache_and_quiet_start(tmp_path):
     (tmp_path / "file").write_text("")
     bad = run(tmp_path / "file")  # a file where the folder should be
     assert bad.stdout.startswith('(False, "cannot keep compiled kernels in') and "set RL_DATA_ENGINE_CACHE" in bad.stdout
+
+
+NO_GL = """
+import ctypes, ctypes.util
+
+find, load = ctypes.util.find_library, ctypes.CDLL.__init__
+ctypes.util.find_library = lambda name: None if "GL" in name or name == "OSMesa" else find(name)
+
+
+def load_others(self, name, *args, **kwargs):
+    if "GL" in str(name) or "OSMesa" in str(name):
+        raise OSError(f"{name}: cannot open shared object file")
+    load(self, name, *args, **kwargs)
+
+
+ctypes.CDLL.__init__ = load_others
+"""
+
+
+@pytest.mark.parametrize("gl", ["egl", "disabled"])
+def test_without_the_gl_library_that_is_asked_for(tmp_path, gl):
+    """MUJOCO_GL as LIBERO's instructions have it, on a machine without GL: tasks build, pictures come from the ray tracer, one line."""
+    (tmp_path / "sitecustomize.py").write_text(NO_GL)
+    code = """if True:
+        from common.libero import build
+        from common.libero.renderers import available, make_renderer
+        from common.libero.standins import standin_assets
+        build.NUM_TRAIN_STATES = 1
+        task = build.build_task("libero_goal", 0, standin_assets())
+        picture = make_renderer(task.model, ("agentview",), 16, 16).render(task.train_states[:, 1 : 1 + task.model.nq])["agentview"]
+        print(picture.shape, available()[0], available("gl"))
+    """
+    env = os.environ | {"MUJOCO_GL": gl, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "(1, 16, 16, 3) True (False, \"MuJoCo's GL renderer does not start" in result.stdout, result.stderr
+    said = [line for line in result.stderr.splitlines() if "MUJOCO_GL" in line]
+    assert [f"MUJOCO_GL={gl} does not work here" in line for line in said] == [True] * (gl != "disabled")
+    assert "Traceback" not in result.stderr
 
 
 def gl_available():

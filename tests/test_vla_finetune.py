@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import sys
 from pathlib import Path
 
+import h5py
 import mujoco
 import numpy as np
 import pytest
@@ -251,6 +253,16 @@ def test_pictures_of_another_size(flags, monkeypatch, tmp_path, demos, drawer_ta
         main(monkeypatch, "--checkpoint", tmp_path, *without(flags, "data", "size"), "--data", smaller)
     with pytest.raises(UserError, match="--eval-only needs the --checkpoint"):
         main(monkeypatch, "--eval-only")
+
+
+def test_pictures_by_an_unknown_renderer(flags, corpus, monkeypatch, tmp_path):
+    """LIBERO's own files don't say what drew their pictures: the evaluation has to be told."""
+    human = shutil.copy(corpus, tmp_path / "human.hdf5")
+    with h5py.File(human, "a") as file:
+        del file["data"].attrs["renderer"]
+    with pytest.raises(UserError, match="what drew the pictures is not recorded: name it with --renderer") as error:
+        main(monkeypatch, *without(flags, "data"), "--data", human)
+    assert "\n" not in str(error.value) and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.skipif(not available()[0], reason=available()[1])

@@ -24,12 +24,13 @@ from common.suites import libero_root, resolve, task_names
 def import_libero(assets: Path | None):
     """Import LIBERO without a question, a GL library or the asset download; returns its `ControlEnv` class.
 
-    Changes this process: numpy's global generator is used by LIBERO's resets.
+    Pictures from LIBERO itself need MUJOCO_GL=egl or osmesa, and that library. Numpy's global generator is used by LIBERO's resets.
     """
     gl, theirs = os.environ.get("MUJOCO_GL"), os.environ.get("LIBERO_CONFIG_PATH")
     os.environ["LIBERO_CONFIG_PATH"] = str(_libero_config())
+    pictures = (gl or "").lower().strip() in ("egl", "osmesa", "glx")  # under any other value robosuite would ask for EGL
     for backend, name in (("egl", "EGLGLContext"), ("osmesa", "OSMesaGLContext"), ("glfw", "GLFWGLContext")):
-        if gl is None:  # pictures from LIBERO itself need MUJOCO_GL set and a GL library
+        if not pictures:
             _pretend(f"robosuite.renderers.context.{backend}_context", **{name: None})
     _pretend("robosuite.macros_private", FILE_LOGGING_LEVEL=None)  # else a log file of one name for all users of a machine
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)

@@ -163,6 +163,8 @@ class _GLRenderer(Renderer):
 
 def _check(renderer: str) -> None:
     """Raise UserError if `renderer` is unknown or cannot run here."""
+    if renderer == "unknown":  # as `common.data` reads a file that doesn't say
+        raise UserError("what drew the pictures is not recorded: name it with --renderer (LIBERO's own files: MuJoCo's renderer, gl)")
     if renderer not in RENDERERS:
         raise UserError(f"no renderer {renderer!r}; choose from {', '.join(RENDERERS)}")
     if renderer == "warp":
