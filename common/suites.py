@@ -12,6 +12,12 @@ from common.cli import UserError
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 # Step caps of published evaluations, without the no-op steps at the start (OpenVLA's, adopted by pi0 and others).
 MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
+NUM_TASKS = {"libero_spatial": 10, "libero_object": 10, "libero_goal": 10, "libero_10": 10, "libero_90": 90}
+
+
+def is_installed() -> bool:
+    """Whether LIBERO's package is there."""
+    return importlib.util.find_spec("libero") is not None
 
 
 def libero_root() -> Path:

@@ -21,7 +21,7 @@ from common import cli
 from common.cli import UserError
 from common.libero import env as env_module
 from common.libero import load_task, make_env, step
-from common.libero.env import mass_addresses
+from common.libero.env import LiberoVectorEnv, mass_addresses
 from common.libero.goals import predicate_holds, success
 from common.libero.observation import observe_states
 from common.libero.tasks import Predicate
@@ -439,7 +439,7 @@ def test_bad_input(drawer_task):
     with pytest.raises(ValueError, match="shape"):
         env.set_state(np.zeros((2, 5)))
     with pytest.raises(ValueError, match="SAME_STEP or DISABLED"):
-        make_env(drawer_task, autoreset_mode=AutoresetMode.NEXT_STEP)
+        LiberoVectorEnv(drawer_task, autoreset_mode=AutoresetMode.NEXT_STEP)
     with pytest.raises(UserError, match="backend='tpu'"):
         make_env(drawer_task, backend="tpu")
 

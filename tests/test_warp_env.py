@@ -295,8 +295,6 @@ def test_bad_input(drawer_task, envs, monkeypatch):
             env.step(actions)
     with pytest.raises(ValueError, match="shape"):
         env.set_state(np.zeros((2, 5)))
-    with pytest.raises(ValueError, match="SAME_STEP or DISABLED"):
-        make_env(drawer_task, backend="warp", device="cpu", autoreset_mode=AutoresetMode.NEXT_STEP)
     with pytest.raises(UserError, match="backend='tpu'"):
         choose_backend("tpu", 1)
     model = copy.copy(drawer_task.model)

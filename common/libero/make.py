@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from gymnasium.vector import VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
 
 from common.cli import UserError
 from common.libero.env import LiberoVectorEnv
+from common.libero.gym_env import NextStep
 from common.libero.tasks import Task, load_task
 
 BACKENDS = ("auto", "cpu", "warp")
@@ -54,10 +55,17 @@ def make_env(
         backend: "cpu" (`LiberoVectorEnv`), "warp" (`common.libero.warp_env.LiberoWarpEnv`, on `device`) or "auto" (see `choose_backend`).
         physics: "exact" or "sleep", see `LiberoVectorEnv`; of the CPU backend.
         device: of "warp", default the first GPU; and of the ray tracer, default where the worlds are.
-        kwargs: as in the class.
+        kwargs: as in the class; and autoreset_mode may be NEXT_STEP (`common.libero.gym_env.NextStep`).
     """
     if obs not in ("state", "pixels"):
         raise UserError(f"obs must be 'state' or 'pixels', not {obs!r}")
+    if kwargs.get("autoreset_mode") == AutoresetMode.NEXT_STEP:
+        if kwargs.get("tensors"):
+            raise UserError("tensors on the device need autoreset SAME_STEP or DISABLED, not NEXT_STEP, which waits for the host")
+        options = dict(obs=obs, device=device, image_size=image_size, cameras=cameras, renderer=renderer, physics=physics)
+        return NextStep(
+            make_env(task, num_envs, backend=backend, seed=seed, **options, **kwargs | {"autoreset_mode": AutoresetMode.DISABLED})
+        )
     backend = choose_backend(backend, num_envs, device)
     task = load_task(task) if isinstance(task, str) else task
     if backend == "cpu":
