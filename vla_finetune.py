@@ -33,6 +33,7 @@ from common.cli import UserError, run_command
 from common.data import vla as vla_data
 from common.data.vla import ACTION_SIZE, CAMERAS, PROPRIO, Chunks, Corpus, Order
 from common.libero import Task, load_task, make_env
+from common.libero.assets import assets_like
 from common.libero.renderers import RENDERERS, Renderer, available, make_renderer
 from common.libero.step import NO_OP
 from common.metrics import wilson_interval
@@ -128,7 +129,7 @@ class Args:
     renderer: str | None = None
     """warp or gl (default: the one of the training pictures)"""
     assets: str | None = None
-    """LIBERO's asset folder, or standin (default: $LIBERO_ASSETS, else LIBERO's own, else a download, else stand-ins)"""
+    """a folder, libero (its own or none) or standin (default: those that the files were made on)"""
     allow_mismatch: bool = False
     """evaluate although renderer, assets or MuJoCo are not those of the training data"""
 
@@ -203,7 +204,7 @@ def check_match(meta: dict, task: Task, renderer: str, allow: bool, say: Callabl
     recorded = {corpus["mujoco"] for corpus in meta["corpora"]}
     pairs = {
         "renderer": ({meta["renderer"]}, renderer),
-        "assets": ({meta["assets"]}, task.assets),
+        "assets": ({meta["assets"]}, task.image_assets),
         "mujoco": (recorded, versions()["mujoco"]),
     }
     wrong = [
@@ -389,7 +390,7 @@ def summarise(task: Task, trials: list[Trial]) -> dict:
         "trials": len(trials),
         "mean_length": float(np.mean(lengths)) if lengths else None,
         "outcomes": [t.success for t in trials],
-        "assets": task.assets,
+        "assets": task.image_assets,
     }
 
 
@@ -410,7 +411,7 @@ def evaluate_tasks(args: Args, model: VLA, meta: dict, tasks: list[str], run: Pa
     for number, name in enumerate(tasks, start=1):
         if any(row["task"] == name for row in rows):
             continue
-        task = load_task(name, args.assets)
+        task = load_task(name, assets_like(meta["assets"], args.assets))
         check_match(meta, task, renderer, args.allow_mismatch, progress.say)
         size = model.config["image_size"]
         simulator = {"backend": args.backend, "device": model.device.type}
@@ -467,7 +468,7 @@ def main() -> None:
         meta = {"renderer": corpora[0].renderer, "assets": corpora[0].assets, "versions": versions(), "seed": args.seed, "pretrained": meta}
         meta |= {"tasks": sorted({c.task for c in corpora}), "corpora": vla_data.describe(corpora)}
     tasks = expand(args.tasks or meta["tasks"])
-    first = load_task(tasks[0], args.assets)  # what is missing is found now
+    first = load_task(tasks[0], assets_like(meta["assets"], args.assets))  # what is missing is found now
     check_match(meta, first, args.renderer or meta["renderer"], args.allow_mismatch, lambda line: None)
     make_renderer(first.model, tuple(CAMERAS.values()), 16, 16, args.renderer or meta["renderer"], device=device.type)
     if args.backend == "warp":

@@ -70,7 +70,7 @@ class Args:
     run_folder: str = "runs"
     """with --task: where runs are, and are written"""
     assets: str | None = None
-    """LIBERO's asset folder, or standin (default: $LIBERO_ASSETS, else LIBERO's own, else a download, else stand-ins)"""
+    """a folder, libero (its own or none) or standin (default: $LIBERO_ASSETS, else LIBERO's own, else stand-ins)"""
     merge: list[Path] = field(default_factory=list)
     """compare.json of earlier comparisons on this task: their columns and seeds are added to the table and the curves"""
     out: Path = Path("compare")
@@ -261,7 +261,9 @@ def main() -> None:
     runs = [load_run(folder) for folder in dict.fromkeys(folder.resolve() for folder in args.runs)]
     if len(names := sorted({run.summary["task"] for run in runs})) > 1:
         raise UserError(f"the runs are of different tasks: {', '.join(names)}")
-    task = load_task(names[0], args.assets)
+    if len(kinds := sorted({run.config["assets"] for run in runs})) > 1:
+        raise UserError(f"the runs were made on different assets: {', '.join(kinds)}")
+    task = load_task(names[0], args.assets, made_on=kinds[0], file=args.runs[0])
     first = runs[0].config["args"]
     demos, source = rollout.load_demos(first["demos"], task, first["num_demos"], first["demo_noise"], first["seed"], Progress())
     merged = [load_comparison(path, task) for path in args.merge]

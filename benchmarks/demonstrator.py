@@ -55,7 +55,7 @@ class Args:
     workers: int = usable_cores()
     """tasks measured at a time, each in a process of its own"""
     assets: str | None = None
-    """LIBERO's asset folder, or standin (default: $LIBERO_ASSETS, else LIBERO's own, else a download, else stand-ins)"""
+    """a folder, libero (its own or none) or standin (default: $LIBERO_ASSETS, else LIBERO's own, else stand-ins)"""
     rehearsed_on: str | None = None
     """take the strategies that passed rehearsal on these assets (a folder or standin) instead"""
     json: Path | None = None

@@ -101,7 +101,7 @@ class Args:
     processes: int = 0
     """tasks at a time (default: one a core)"""
     assets: str | None = None
-    """LIBERO's asset folder, or standin (default: $LIBERO_ASSETS, else LIBERO's own, else a download, else stand-ins)"""
+    """a folder, libero (its own or none) or standin (default: $LIBERO_ASSETS, else LIBERO's own, else stand-ins)"""
 
 
 # ---------------------------------------------------------------------------------------------- both simulators
@@ -353,7 +353,8 @@ def load_policy(run: Path, assets: str | None) -> tuple[Task, dict, Callable, li
             raise UserError(f"{run} was made by another version of {config['script']}.py, with other weights; train it again") from error
         return agent.act
 
-    return load_task(checkpoint["name"], assets), {"obs": args.obs, "image_size": args.image_size}, make, patterns
+    task = load_task(checkpoint["name"], assets, config["assets"], run)
+    return task, {"obs": args.obs, "image_size": args.image_size}, make, patterns
 
 
 def compare_backends(

@@ -18,9 +18,9 @@ import tyro
 from matplotlib.figure import Figure
 
 from common.cli import UserError, atomic_path, run_command
-from common.data import read_attrs, read_episodes
-from common.libero import load_task
+from common.data import read_episodes
 from common.libero.renderers import make_renderer
+from common.libero.tasks import load_task_of
 from common.runs import Progress
 
 
@@ -42,12 +42,12 @@ class Args:
     renderer: str = "warp"
     """warp (needs no GL library) or gl (MuJoCo's own, needs MUJOCO_GL=egl or osmesa and its library)"""
     assets: str | None = None
-    """LIBERO's asset folder, or standin (default: $LIBERO_ASSETS, else LIBERO's own, else a download, else stand-ins)"""
+    """a folder, libero (its own or none) or standin (default: those that the files were made on)"""
 
 
 def strip(path: Path, args: Args) -> tuple[str, np.ndarray]:
     """The task's instruction, and (size, frames * size, 3) uint8."""
-    task = load_task(read_attrs(path)["bddl_file_name"].removesuffix(".bddl"), args.assets)
+    task = load_task_of(path, args.assets)
     episode = read_episodes(path, task)[0]
     states = episode.states if episode.final_state is None else np.vstack([episode.states, episode.final_state])
     shown = states[np.linspace(0, len(states) - 1, args.frames).round().astype(int), 1 : 1 + task.model.nq]

@@ -52,7 +52,7 @@ class Args:
     workers: Count = usable_cores()
     """tasks at a time, each in a process of its own"""
     assets: str | None = None
-    """LIBERO's asset folder, or standin (default: as everywhere)"""
+    """a folder, libero or standin (default: as everywhere)"""
     json: Path | None = None
     """also write the numbers to this file, and go on from what it holds"""
 

@@ -23,6 +23,7 @@ from common import metrics, rollout
 from common.cli import UserError, run_command
 from common.data import read_episodes
 from common.libero import load_task, make_env
+from common.libero.assets import assets_like
 from common.libero.observation import observe_states
 from common.runs import Progress, load_checkpoint, read_finished, stored_args
 
@@ -48,18 +49,17 @@ class Args:
     held_out: int = 160
     """demonstrations that Discover is not trained on"""
     assets: str | None = None
-    """LIBERO's asset folder, or for --tasks standin (default: $LIBERO_ASSETS, else LIBERO's own, else a download, else stand-ins)"""
+    """a folder, libero or standin (default: those of each run; for --tasks $LIBERO_ASSETS, else LIBERO's own, else stand-ins)"""
 
 
 def read_run(run: Path, assets: str | None) -> dlr_discover.Args:
-    """The arguments of a finished run, with `assets` for LIBERO's own unless it ran on stand-ins."""
+    """The arguments of a finished run, with the assets that it ran on; `assets` may say where they are."""
     config, summary = read_finished(run)
     if (config.get("script"), config.get("demos")) != ("dlr_discover", "scripted"):
         raise UserError(f"{run} is not the folder of a finished run of dlr_discover.py with scripted demonstrations")
     stored = config["args"] | {"num_patterns": summary["num_patterns"]}  # it may have been auto
-    stored["assets"] = "standin" if config["assets"].startswith("standin:") else assets
-    if (found := load_task(stored["task"], stored["assets"]).assets) != config["assets"]:
-        raise UserError(f"{run} was made with assets {config['assets']}, not {found}; give its own with --assets")
+    stored["assets"] = assets_like(config["assets"], assets)
+    load_task(stored["task"], assets, config["assets"], run)
     return stored_args(dlr_discover.Args, stored)
 
 

@@ -78,7 +78,7 @@ class Args:
     json: Path | None = None
     """write the numbers of the first task here, and those of every task under "tasks\""""
     assets: str | None = None
-    """LIBERO's asset folder, or standin (default: $LIBERO_ASSETS, else LIBERO's own, else a download, else stand-ins)"""
+    """a folder, libero (its own or none) or standin (default: $LIBERO_ASSETS, else LIBERO's own, else stand-ins)"""
 
 
 # ---------------------------------------------------------------------------------------------- LIBERO, in processes

@@ -103,7 +103,7 @@ class Args:
     seeds: list[int] = dataclasses.field(default_factory=lambda: [1])
     """seeds of pretraining and fine-tuning (their trials are pooled); the corpora are made with the first"""
     assets: str | None = None
-    """LIBERO's asset folder, or standin (default: $LIBERO_ASSETS, else LIBERO's own, else a download, else stand-ins)"""
+    """a folder, libero (its own or none) or standin (default: $LIBERO_ASSETS, else LIBERO's own, else stand-ins)"""
     out: Path = Path("vla_compare")
     """folder of everything: corpora, runs, the table and the figure"""
 

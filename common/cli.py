@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import logging
 import math
 import os
+import stat
 import sys
 import tempfile
 import typing
@@ -124,7 +127,42 @@ def _quota(root: Path = Path("/sys/fs/cgroup")) -> float:
 
 
 def cache_dir() -> Path:
-    """The folder for what can be rebuilt: `$RL_DATA_ENGINE_CACHE`, else `rl-data-engine` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    if explicit := os.environ.get("RL_DATA_ENGINE_CACHE"):
-        return Path(explicit).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rl-data-engine"
+    """The folder for what can be rebuilt: `$RL_DATA_ENGINE_CACHE`, else `rl-data-engine` in `$XDG_CACHE_HOME` or `~/.cache`.
+
+    Where that cannot be written, one in the system's temporary folder, with a warning; processes started later take the same.
+    """
+    try:
+        if explicit := os.environ.get("RL_DATA_ENGINE_CACHE"):
+            return _writable(Path(explicit).expanduser())
+        return _writable(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rl-data-engine")
+    except RuntimeError as error:  # a user without a home folder
+        return _temporary_cache(str(error))
+
+
+@functools.cache
+def _writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        return _temporary_cache(f"{folder}: {error.strerror}")
+
+
+def _temporary_cache(obstacle: str) -> Path:
+    """A folder of this user's in the system's temporary folder, the same every time if nobody else has taken its name."""
+    try:
+        folder = Path(tempfile.gettempdir()) / f"rl-data-engine-{os.getuid()}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        status = folder.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+            folder = Path(tempfile.mkdtemp(prefix="rl-data-engine-"))
+    except OSError as error:
+        raise UserError(
+            f"cannot keep compiled tasks and kernels ({obstacle}); set RL_DATA_ENGINE_CACHE to a folder you can write"
+        ) from error
+    message = "cannot keep compiled tasks and kernels (%s): keeping them in %s; set RL_DATA_ENGINE_CACHE to a folder you can write"
+    logging.getLogger(__name__).warning(message, obstacle, folder)
+    os.environ["RL_DATA_ENGINE_CACHE"] = str(folder)  # one warning, and one folder for all processes
+    return folder

@@ -15,8 +15,9 @@ from gymnasium.vector import AutoresetMode
 
 from common import metrics, plots
 from common.cli import Count, Fraction, NotNegative, Range, UserError, check_ranges
-from common.data import Episode, Recorder, read_episodes, write_episodes
+from common.data import Episode, Recorder, read_attrs, read_episodes, write_episodes
 from common.libero import Task, load_task, make_env
+from common.libero.assets import assets_like
 from common.libero.env import LiberoVectorEnv
 from common.libero.make import choose_backend
 from common.libero.observation import StateObservation, observe_states
@@ -24,7 +25,7 @@ from common.libero.pixels import PixelEnv
 from common.libero.render import add_images
 from common.libero.renderers import available, make_renderer
 from common.libero.tasks import find_human_demos
-from common.runs import Progress, Run, choose_device, rng_state, set_rng_state, versions
+from common.runs import Progress, Run, choose_device, read_config, rng_state, set_rng_state, versions
 from common.video import write_video
 
 # Observations (as the environment returns them), patterns (N,) -> actions (N, 7). A policy that remembers (that is amid a chunk of
@@ -41,7 +42,7 @@ class JobArgs:
     task: str = "libero_90/KITCHEN_SCENE1_put_the_black_bowl_on_the_plate"
     """a LIBERO task: suite/index, suite/name, or any part of a name that is unique"""
     assets: str | None = None
-    """LIBERO's asset folder, or standin (default: $LIBERO_ASSETS, else LIBERO's own, else a download, else stand-ins)"""
+    """a folder, libero (its own or none) or standin (default: $LIBERO_ASSETS, else LIBERO's own, else stand-ins)"""
     seed: Annotated[int, Range(0)] = 1
     """seed of everything that is random"""
     resume: str | None = None
@@ -103,7 +104,11 @@ class Job:
         self.run = run = Run(script, cls)
         self.args = run.args = args = choose_devices(run.args)
         torch.set_num_threads(args.torch_threads)
-        self.task = task = load_task(args.task, args.assets)
+        if run.folder is not None:  # where they are others, `begin` says so
+            self.task = task = load_task(args.task, assets_like(read_config(run.folder).get("assets"), args.assets))
+        else:
+            made_on = None if args.demos in ("auto", "scripted") else read_attrs(args.demos).get("assets")
+            self.task = task = load_task(args.task, args.assets, made_on, args.demos)
         run.progress.say(f"task {task.id}: {task.language}; simulator {args.backend}, learner on {args.device}")
         self.renderer, self.videos = find_renderer(args.obs, args.videos, args.corpus_images, run.progress)
         how = {"obs": args.obs, "image_size": args.image_size, "backend": args.backend, "device": args.device}
@@ -114,6 +119,8 @@ class Job:
     def begin(self) -> None:
         """Begin the run, or go on with it."""
         depends = {"assets": self.task.assets, "demonstrations": fingerprint(self.demos)}
+        if self.args.obs == "pixels":
+            depends["image_assets"] = self.task.image_assets
         self.run.open(self.task.id, depends, demos=self.demo_source, renderer=self.renderer)
 
     def observed_demos(self) -> list:

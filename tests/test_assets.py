@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import multiprocessing
 import re
 import shutil
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+import gaussian_ppo
+from common import rollout
 from common.cli import UserError
 from common.libero import assets as assets_module
 from common.libero import load_task, standins
@@ -275,8 +278,36 @@ def test_task_of_a_file(standin_task, tmp_path, monkeypatch):
     """A task for a file is built on the kind of assets that the file names; others are an error that names both."""
     monkeypatch.setenv("LIBERO_ASSETS", str(tmp_path / "nowhere"))  # what else would be taken
     assert load_task(standin_task.id, made_on=standin_task.assets).assets == standin_task.assets
-    with pytest.raises(UserError, match=rf"made on assets standin:0000000000, and those here are {standin_task.assets}.*--assets"):
+    with pytest.raises(UserError, match=rf"was made on assets standin:0000000000, and those here are {standin_task.assets}.*--assets"):
         load_task(standin_task.id, made_on="standin:0000000000")
-    with pytest.raises(UserError, match=rf"made on assets libero:{LIBERO[0]}, and those here are {standin_task.assets}"):
+    with pytest.raises(UserError, match=rf"was made on assets libero:{LIBERO[0]}, and those here are {standin_task.assets}"):
         load_task(standin_task.id, "standin", made_on=f"libero:{LIBERO[0]}")
     assert load_task(standin_task.id, "standin", made_on="unknown").assets == standin_task.assets
+
+
+def test_scripts_take_the_assets_of_their_files(demos, drawer_task, tmp_path, monkeypatch):
+    """With --demos FILE those of the file, or none; with --resume those of the run, which are compared later."""
+    asked = []
+
+    def load(*arguments):
+        asked.append(arguments)
+        raise UserError("that is all")
+
+    monkeypatch.setattr(rollout, "load_task", load)
+    (tmp_path / "config.json").write_text(json.dumps({"script": "gaussian_ppo", "args": {"task": "x"}, "assets": "standin:0123456789"}))
+    for flags in (
+        ["--demos", str(demos)],
+        ["--demos", "scripted"],
+        ["--resume", str(tmp_path)],
+        ["--demos", str(demos), "--assets", "here"],
+    ):
+        monkeypatch.setattr(sys, "argv", ["gaussian_ppo.py", *flags])
+        with pytest.raises(UserError, match="that is all"):
+            rollout.Job("gaussian_ppo", gaussian_ppo.Args)
+    task = gaussian_ppo.Args().task
+    assert asked == [
+        (task, None, drawer_task.assets, str(demos)),
+        (task, None, None, "scripted"),
+        ("x", "standin"),
+        (task, "here", drawer_task.assets, str(demos)),
+    ]

@@ -179,11 +179,12 @@ def test_recognition_counts_what_a_policy_did_instead(demos, drawer_task, assets
     write_json(tmp_path / "config.json", config)
     write_json(tmp_path / "summary.json", {"num_patterns": 3})
     found = recognition.read_run(tmp_path, assets)
-    assert found == dataclasses.replace(args, num_patterns=3, assets="standin" if drawer_task.assets.startswith("standin:") else assets)
+    assert found == dataclasses.replace(args, num_patterns=3, assets=assets)
+    assert recognition.read_run(tmp_path, None).assets == drawer_task.assets.partition(":")[0]
     for changes, message in (
         ({"script": "gaussian_ppo"}, "not the folder of a finished run of dlr_discover.py with scripted demonstrations"),
         ({"demos": "demos.hdf5"}, "not the folder of a finished run of dlr_discover.py with scripted demonstrations"),
-        ({"assets": "standin:an_earlier_one"}, "was made with assets standin:an_earlier_one, not standin:"),
+        ({"assets": "standin:an_earlier_one"}, "was made on assets standin:an_earlier_one, and those here are "),
     ):
         write_json(tmp_path / "config.json", config | changes)
         with pytest.raises(UserError, match=message):

@@ -55,7 +55,7 @@ def test_images_show_the_states_after_the_actions(corpus, drawer_task, ends, ass
                 np.testing.assert_array_equal(stored[()], seen[view][:, ::-1])  # bottom row first
                 assert not np.array_equal(stored[0], stored[-1])
         assert json.loads(data.attrs["env_args"])["env_kwargs"]["camera_heights"] == 32
-        assert (data.attrs["renderer"], data.attrs["image_assets"], data.attrs["script"]) == ("warp", drawer_task.assets, "test")
+        assert (data.attrs["renderer"], data.attrs["image_assets"], data.attrs["script"]) == ("warp", drawer_task.image_assets, "test")
         assert file["mask/train"][0] == b"demo_0" and np.array_equal(data["demo_0/obs/extra"], np.arange(5))
     for before, now in zip(ends, read_episodes(corpus, drawer_task, images=True), strict=True):
         np.testing.assert_array_equal(now.actions, before.actions)
@@ -104,7 +104,7 @@ def test_images_into_a_wrong_file(corpus, drawer_task, assets, tmp_path):
     other = "libero:0" if drawer_task.assets.startswith("standin") else "standin:0"
     with h5py.File(corpus, "a") as file:
         file["data"].attrs["assets"] = other
-    with pytest.raises(UserError, match="was made on .*: pass .*--assets"):
+    with pytest.raises(UserError, match=rf"corpus.hdf5 was made on assets {other}, and those here are {drawer_task.assets}; .*--assets"):
         add_images(corpus, assets=assets)
     with h5py.File(corpus, "a") as file:
         file["data"].attrs["bddl_file_name"] = "bddl_files/libero_goal/fly_to_the_moon.bddl"

@@ -143,7 +143,7 @@ def test_expand_suites_and_tasks(drawer_task):
 
 
 def test_mismatches_are_errors_unless_allowed(drawer_task):
-    good = {"renderer": "warp", "assets": drawer_task.assets, "corpora": [{"mujoco": mujoco.__version__}, {"mujoco": "unknown"}]}
+    good = {"renderer": "warp", "assets": drawer_task.image_assets, "corpora": [{"mujoco": mujoco.__version__}, {"mujoco": "unknown"}]}
     said = []
     check_match(good, drawer_task, "warp", False, said.append)
     assert not said

@@ -388,7 +388,7 @@ def test_what_a_run_leaves_behind(flags, tmp_path, monkeypatch, corpus, drawer_t
     (run,) = (tmp_path / "runs").iterdir()
     assert run.name.startswith(f"{drawer_task.id.replace('/', '-')}__vla_pretrain__1__")
     config, summary = (json.loads((run / name).read_text()) for name in ("config.json", "summary.json"))
-    assert config["args"]["data"] == [str(corpus)] and config["renderer"] == "warp" and config["assets"] == drawer_task.assets
+    assert config["args"]["data"] == [str(corpus)] and config["renderer"] == "warp" and config["assets"] == drawer_task.image_assets
     assert summary["steps"] == 3 and summary["validation"] > 0 and summary["samples_per_second"] > 0
     model, meta = load_model(run)
     assert summary["parameters"] == sum(p.numel() for p in model.parameters())

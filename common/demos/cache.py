@@ -14,8 +14,8 @@ from common.libero import Task
 
 
 def cache_file(task: Task, kind: str, suffix: str, *details) -> Path:
-    """Where something about a task is kept: the key covers the task, MuJoCo's version, the assets, the code and `details`."""
-    key = hashlib.sha256(repr((mujoco.__version__, task.assets, _source(), details)).encode()).hexdigest()[:12]
+    """Where something about a task is kept: the key covers the task and its BDDL, MuJoCo's version, the assets, the code and `details`."""
+    key = hashlib.sha256(repr((mujoco.__version__, task.assets, task.bddl, _source(), details)).encode()).hexdigest()[:12]
     return cache_dir() / "demos" / f"{task.suite}-{task.index:02d}-{kind}-{key}.{suffix}"
 
 

@@ -14,7 +14,7 @@ def main(suite: str | None = None, assets: str | None = None) -> None:
 
     Args:
         suite: one suite only.
-        assets: LIBERO's asset folder, or standin (default: $LIBERO_ASSETS, else LIBERO's own, else a download, else the stand-ins).
+        assets: a folder, libero (its own or none) or standin (default: $LIBERO_ASSETS, else LIBERO's own, else stand-ins).
     """
     if suite is not None and suite not in SUITES:
         raise UserError(f"unknown suite {suite!r}; suites are {', '.join(SUITES)}")

@@ -226,7 +226,7 @@ def main(task: str, assets: str | None = None) -> None:
 
     Args:
         task: suite/index, suite/name, or any part of a name that is unique.
-        assets: LIBERO's asset folder, or standin (default: as everywhere).
+        assets: a folder, libero or standin (default: as everywhere).
     """
     suite, index = resolve(task)
     folder = find_assets(assets)

@@ -16,7 +16,7 @@ import tyro
 from common.cli import UserError, run_command
 from common.data import Episode, image_names, read_attrs, replace_images, require_sound
 from common.libero.renderers import CAMERAS, make_renderer
-from common.libero.tasks import Task, load_task
+from common.libero.tasks import Task, load_task_of
 
 
 def add_images(
@@ -37,25 +37,17 @@ def add_images(
 
     Args:
         cameras: names in the model, robot0_eye_in_hand becoming eye_in_hand_rgb.
-        assets: LIBERO's asset folder or "standin", of the kind that the file was made on; see `common.libero.assets.find_assets`.
+        assets: default those that the file was made on; see `common.libero.tasks.load_task`.
         progress: a `common.runs.Progress`.
         overwrite: replace all pictures that the file has.
 
-    Raises UserError for a file that is missing, damaged or of another layout, or has pictures; and as `make_renderer` and `load_task`.
+    Raises UserError for a file that is missing, damaged or of another layout, or has pictures; and as `make_renderer` and `load_task_of`.
     """
     require_sound(path)
     if not overwrite and (names := image_names(path)):
         raise UserError(f"{path} has pictures already ({', '.join(names)}); --overwrite replaces them")
-    attrs = read_attrs(path)
-    try:
-        task = load_task(attrs["bddl_file_name"].removesuffix(".bddl"), assets)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+    task = load_task_of(path, assets)
     require_sound(path, task)
-    made_on, here = (str(a).startswith("standin") for a in (attrs.get("assets", task.assets), task.assets))
-    if made_on != here:
-        wanted = "stand-ins: pass --assets standin" if made_on else "LIBERO's assets: pass their folder with --assets DIR"
-        raise UserError(f"{path} was made on {wanted}")
     camera = make_renderer(task.model, cameras, size, size, renderer)
     batch = max(1, min(64, 2**22 // size**2))  # states at a time: bounds memory
 
@@ -68,8 +60,8 @@ def add_images(
                 progress.update(len(qpos[i : i + batch]))
 
     if progress is not None:
-        progress.stage(f"pictures of {Path(path).name}", int(attrs["total"]))
-    replace_images(path, pictures, {"renderer": camera.name, "image_assets": task.assets})
+        progress.stage(f"pictures of {Path(path).name}", int(read_attrs(path)["total"]))
+    replace_images(path, pictures, {"renderer": camera.name, "image_assets": task.image_assets})
 
 
 def _qpos_after(task: Task, episode: Episode) -> np.ndarray:
@@ -98,7 +90,7 @@ class Args:
     overwrite: bool = False
     """replace all pictures that a file has"""
     assets: str | None = None
-    """LIBERO's asset folder, or standin (default: $LIBERO_ASSETS, else LIBERO's own, else a download, else stand-ins)"""
+    """a folder, libero (its own or none) or standin (default: those that the files were made on)"""
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ import mujoco
 import numpy as np
 
 from common.cli import UserError, atomic_path, cache_dir
+from common.data import read_attrs
 from common.libero import store
 from common.libero.assets import asset_names, assets_like, find_assets
 from common.libero.original import bddl_file, init_states_file
@@ -154,13 +155,14 @@ def cache_file(suite: str, index: int, folder: Path) -> Path:
     return cache_dir() / "tasks" / f"{suite}-{index:02d}-mujoco{mujoco.__version__}-{digest.hexdigest()[:12]}.npz"
 
 
-def load_task(task_id: str, assets: str | None = None, made_on: str | None = None) -> Task:
+def load_task(task_id: str, assets: str | None = None, made_on: str | None = None, file: object = "the file") -> Task:
     """Load a task, compiling it (some seconds) if the cache has no good copy.
 
     Args:
         task_id: see `resolve`.
         assets: LIBERO's asset folder, "libero" or "standin", see `find_assets`.
         made_on: the assets (`Task.assets`) of a file that the task is loaded for: without `assets`, assets of that kind are taken.
+        file: what to call that file.
 
     Raises:
         UserError: unknown or ambiguous task, missing or broken assets, others than `made_on`, an unknown MuJoCo.
@@ -169,8 +171,21 @@ def load_task(task_id: str, assets: str | None = None, made_on: str | None = Non
     suite, index = resolve(task_id)
     task = _load(suite, index, find_assets(assets_like(made_on, assets)))
     if made_on not in (None, "unknown", task.assets):
-        raise UserError(f"it was made on assets {made_on}, and those here are {task.assets}; name its own with --assets")
+        raise UserError(f"{file} was made on assets {made_on}, and those here are {task.assets}; name its own with --assets")
     return task
+
+
+def load_task_of(path: str | os.PathLike, assets: str | None = None) -> Task:
+    """The task that a file in LIBERO's layout is of, on the assets that it was made on; see `load_task` for `assets`.
+
+    Raises UserError, with the file's name, for a file that is missing or of another layout, and as `load_task`.
+    """
+    attrs = read_attrs(path)
+    try:
+        resolve(task_id := attrs["bddl_file_name"].removesuffix(".bddl"))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return load_task(task_id, assets, attrs.get("assets"), path)
 
 
 def _load(suite: str, index: int, folder: Path) -> Task:

@@ -19,18 +19,9 @@ def start_warp() -> None:
         import warp
     except ImportError as error:
         raise UserError(f"Warp does not import ({error}); run: pip install -r requirements.txt") from error
-    folder = cache_dir() / "warp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(f"Permission denied: {folder}")
-    except OSError as error:
-        raise UserError(
-            f"cannot keep compiled kernels in {folder} ({error}); set RL_DATA_ENGINE_CACHE to a folder you can write"
-        ) from error
     warp.config.quiet = True
     if warp.config.kernel_cache_dir is None:
-        warp.config.kernel_cache_dir = str(folder)
+        warp.config.kernel_cache_dir = str(cache_dir() / "warp")
     with _silent_stderr():
         warp.init()
 
