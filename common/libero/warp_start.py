@@ -20,6 +20,7 @@ def start_warp() -> None:
     except ImportError as error:
         raise UserError(f"Warp does not import ({error}); run: pip install -r requirements.txt") from error
     warp.config.quiet = True
+    warp.config.log_level = 30  # warnings and worse: what `quiet` is called in Warp 1.19
     if warp.config.kernel_cache_dir is None:
         warp.config.kernel_cache_dir = str(cache_dir() / "warp")
     with _silent_stderr():
