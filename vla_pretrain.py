@@ -42,6 +42,10 @@ class Args:
     """HDF5 files in LIBERO's layout with pictures (python -m common.libero.render adds them)"""
     weights: list[float] = dataclasses.field(default_factory=list)
     """how often an epoch shows each file's samples, one number a file in the order of --data (default: once)"""
+    filter_key: str | None = None
+    """of files with robomimic's filter keys, only the demonstrations that mask/KEY names"""
+    drop_no_ops: bool = False
+    """leave out steps that neither move the hand nor the gripper, of which human demonstrations have many"""
     max_episodes: int | None = None
     """at most so many episodes of each file, drawn at random: to compare sources at equal size"""
     val_fraction: float = 0.05
@@ -222,7 +226,7 @@ def main() -> None:
     validate(args)
     torch.set_num_threads(args.torch_threads)
     device = find_device(args.device, args.compile)
-    corpora = vla_data.read_corpora(args.data, args.max_episodes, args.seed)
+    corpora = vla_data.read_corpora(args.data, args.max_episodes, args.seed, args.filter_key, args.drop_no_ops)
     training, validation = vla_data.split(corpora, args.val_fraction, args.seed)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from common.data import Episode, Recorder, read_attrs, read_episodes, write_epis
 from common.libero import Task, load_task, make_env
 from common.libero.assets import assets_like
 from common.libero.env import LiberoVectorEnv
+from common.libero.judge import goal_reached
 from common.libero.make import choose_backend
 from common.libero.observation import StateObservation, observe_states
 from common.libero.pixels import PixelEnv
@@ -73,6 +75,8 @@ class JobArgs:
     # Demonstrations
     demos: str = "auto"
     """auto (LIBERO's human files if they are on disk, else scripted), scripted, or an HDF5 file in LIBERO's layout"""
+    filter_key: str | None = None
+    """of a file with robomimic's filter keys, only the demonstrations that mask/KEY names"""
     num_demos: Count = 48
     """scripted demonstrations to generate (cached)"""
     demo_noise: NotNegative = 0.1
@@ -114,7 +118,9 @@ class Job:
         how = {"obs": args.obs, "image_size": args.image_size, "backend": args.backend, "device": args.device}
         self.train_env = make_env(task, args.num_envs, seed=args.seed, physics=args.physics, **how)
         self.eval_env = make_env(task, min(args.num_envs, EVAL_ENVS), seed=args.seed, **how, autoreset_mode=AutoresetMode.DISABLED)
-        self.demos, self.demo_source = load_demos(args.demos, task, args.num_demos, args.demo_noise, args.seed, run.progress)
+        self.demos, self.demo_source = load_demos(
+            args.demos, task, args.num_demos, args.demo_noise, args.seed, run.progress, args.filter_key
+        )
 
     def begin(self) -> None:
         """Begin the run, or go on with it."""
@@ -274,24 +280,30 @@ def choose_devices(args: Any) -> Any:
     return dataclasses.replace(args, device=device, backend=choose_backend(args.backend, args.num_envs, device))
 
 
-def load_demos(demos: str, task: Task, num_demos: int, noise: float, seed: int, progress: Progress) -> tuple[list[Episode], str]:
+def load_demos(
+    demos: str, task: Task, num_demos: int, noise: float, seed: int, progress: Progress, filter_key: str | None = None
+) -> tuple[list[Episode], str]:
     """Successful demonstrations and where they come from, which every output records.
 
     Args:
         demos: "auto" (LIBERO's human files if they are on disk, else scripted), "scripted", or a file in LIBERO's layout.
         num_demos, noise, seed: of scripted demonstrations, which are generated once and cached.
+        filter_key: only the demonstrations of the file that robomimic's mask/<filter_key> names.
     """
     path = find_human_demos(task) if demos == "auto" else None if demos == "scripted" else Path(demos)
+    if path is None and filter_key:
+        raise UserError("--filter-key is for a file of demonstrations, and there is none; leave it out, or name one with --demos FILE")
     if path is None:
         from common.demos import load_or_collect
 
         progress.say(f"demonstrations: {num_demos} scripted, action noise {noise}")
         return load_or_collect(task, num_demos, seed=seed, noise=noise), "scripted"
-    episodes = [e for e in read_episodes(path, task) if e.success]
+    episodes = [e for e in read_episodes(path, task, filter_key=filter_key, judge=functools.partial(goal_reached, task)) if e.success]
     if not episodes:
         raise UserError(f"{path} holds no successful demonstration to learn from")
-    progress.say(f"demonstrations: {len(episodes)} from {path}")
-    return episodes, str(path)
+    source = f"{path} (filter key {filter_key})" if filter_key else str(path)
+    progress.say(f"demonstrations: {len(episodes)} from {source}")
+    return episodes, source
 
 
 def observe_demos(env: LiberoVectorEnv, demos: Sequence[Episode], progress: Progress) -> list:

@@ -95,12 +95,14 @@ def stored_args(cls: type, stored: dict):
     return cls(**{name: float(value) if value == "inf" else value for name, value in stored.items() if name in names})
 
 
+BY_CONTENT = ("data", "demos")  # flags that may change, too: the files may lie elsewhere now, and are compared by what is in them
 AFTER_TRAINING = ("corpus_episodes", "corpus_images", "videos", "allow_mismatch")  # flags that may change when a run is resumed
 
 
 def resumed_args(run: Path, script: str, cls: type):
     """The arguments (a `cls`) of the run in folder `run`. A flag on the command line that differs from the run's is an error, but for
-    those that matter only after training: a finished run can be resumed for a larger corpus. config.json stays as it was."""
+    those that matter only after training (a finished run can be resumed for a larger corpus), and where its data lie. config.json stays as
+    it was."""
     config = read_config(run)
     if config.get("script") != script:
         raise UserError(f"{run} is a run of {config.get('script')}, not of {script}; resume it with that script")
@@ -108,7 +110,7 @@ def resumed_args(run: Path, script: str, cls: type):
     given = tyro.cli(cls, default=started)  # the run's arguments, but for what the command line says
     for name in (f.name for f in dataclasses.fields(cls)):
         then, now = getattr(started, name), getattr(given, name)
-        if name != "resume" and name not in AFTER_TRAINING and now != then:
+        if name != "resume" and name not in (*AFTER_TRAINING, *BY_CONTENT) and now != then:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{run} was started with {flag} {then}, not {now}; resume it without {flag}, or start a new run")
     return given

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import re
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -72,3 +73,9 @@ def expand(names: list[str]) -> list[str]:
             suite, index = resolve(name)
             found.append(f"{suite}/{task_names()[suite][index]}")
     return list(dict.fromkeys(found))
+
+
+def instruction(suite: str, index: int) -> str:
+    """What a task's BDDL file says is to be done, in lower case, as LIBERO's environment gives it."""
+    text = (libero_root() / "bddl_files" / suite / f"{task_names()[suite][index]}.bddl").read_text()
+    return " ".join(re.search(r"\(:language\s+([^)]*)\)", text)[1].lower().split())

@@ -16,7 +16,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from common.cli import UserError
-from common.data import PROPRIO, Episode, Recorder, check_file, read_attrs, read_episodes, write_episodes
+from common.data import PROPRIO, Episode, Recorder, check_file, read_attrs, read_episodes, require_sound, write_episodes
 from common.data.read import axis_angle_to_quat
 
 NQ, NV = 12, 10
@@ -37,21 +37,22 @@ def episode(seed=0, length=7, images=False, **changes) -> Episode:
     quat = rng.normal(size=(length, 4))
     quat /= np.linalg.norm(quat, axis=1, keepdims=True)
     angle = 2 * np.arccos(quat[:, 3:])  # robosuite's quat2axisangle
+    states = rng.normal(size=(length + 1, 1 + NQ + NV))  # of before each action, and after the last
     proprio = {
         "ee_pos": rng.normal(size=(length, 3)),
         "ee_ori": quat[:, :3] / np.sin(angle / 2) * angle,
         "ee_quat": quat,
-        "gripper_states": rng.normal(size=(length, 2)),
-        "joint_states": rng.normal(size=(length, 7)),
+        "gripper_states": states[1:, 8:10],
+        "joint_states": states[1:, 1:8],
     }
     pixels = {name: rng.integers(0, 256, (length, 8, 6, 3), np.uint8) for name in ("agentview_rgb", "eye_in_hand_rgb")}
     fields = {
         "actions": actions,
-        "states": rng.normal(size=(length, 1 + NQ + NV)),
+        "states": states[:-1],
         "proprio": proprio,
         "images": pixels if images else {},
         "attrs": {"pattern": seed % 3, "strategy": f"rim{seed % 2}", "init_state": seed, "seed": seed, "speed": 0.1},
-        "final_state": rng.normal(size=1 + NQ + NV),
+        "final_state": states[-1],
     }
     return Episode(**{**fields, **changes})
 
@@ -389,8 +390,8 @@ def test_damage_is_named(path, damage, message):
     problems = check_file(path, TASK)
     assert message in problems[0] and all("\n" not in problem for problem in problems)
     with pytest.raises(UserError) as caught:
-        read_episodes(path, TASK, images=True)
-    assert str(caught.value).startswith(f"{path}: {problems[0]}")
+        require_sound(path, TASK)
+    assert str(caught.value).startswith(f"{path}: {problems[0]}") and "--repair" in str(caught.value)
 
 
 def test_every_problem_is_counted(path):
@@ -399,7 +400,7 @@ def test_every_problem_is_counted(path):
             change(file)
     assert len(check_file(path, TASK)) == 3
     with pytest.raises(UserError, match=r"demo_0/actions: .* is outside \[-1, 1\] \(and 2 more"):
-        read_episodes(path)
+        require_sound(path)
 
 
 def test_states_of_another_model(path):

@@ -46,6 +46,7 @@ class Args:
     resume: str | None = None
     added_later: float = 0.5
     corpus_episodes: int = 20
+    demos: str = "auto"
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -225,6 +226,12 @@ def test_what_comes_after_training_may_change(tmp_path, resumed):
     run = stored_run(tmp_path)
     assert resumed("--corpus-episodes", "100") == Args(3, 2, str(run), 0.5, 100)
     assert resumed().corpus_episodes == 20
+
+
+def test_where_the_data_lie_may_change(tmp_path, resumed):
+    """They are compared by what is in them (see the fingerprints)."""
+    stored_run(tmp_path, args={"seed": 3, "num_patterns": 2, "resume": None, "demos": "there.hdf5"})
+    assert resumed().demos == "there.hdf5" and resumed("--demos", "here.hdf5").demos == "here.hdf5"
 
 
 def test_resume_errors(tmp_path, resumed):

@@ -2,8 +2,9 @@
 
     from common.data import read_episodes, write_episodes
 
-`layout` says what a file holds and what an `Episode` is; `check`, `read`, `write` and `recorder` do what they are called. `vla` draws
-samples for a VLA from such files. `python -m common.data FILE ...` sums files up, or says what is wrong with them.
+`layout` says what a file holds and what an `Episode` is; `check` finds what departs from it, `understand` what can be made of that all
+the same; `read`, `write` and `recorder` do what they are called. `vla` draws samples for a VLA from such files.
+`python -m common.data FILE ...` sums files up, says what is wrong with them, and mends what can be mended.
 """
 
 from common.data.check import check_file, require_sound

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import h5py
@@ -21,11 +21,11 @@ from common.data.layout import (
     TAG,
     as_text,
     base_name,
-    damaged,
     demo_names,
     opened,
     picture_sizes,
     read_arrays,
+    unreadable,
 )
 
 _LIFELONG_DEMOS = 50  # what LIBERO's scripts/check_dataset_integrity.py asks for
@@ -43,14 +43,14 @@ def check_file(path: str | os.PathLike, task=None, strict: bool = False) -> list
     except UserError as error:
         return [str(error)]
     except DAMAGE as error:
-        return [damaged(error)]
+        return [unreadable(error)]
 
 
 def require_sound(path: str | os.PathLike, task=None) -> None:
     """Raise UserError with the first problem that `check_file` finds, and their number."""
     if problems := check_file(path, task):
-        more = f" (and {len(problems) - 1} more; `python -m common.data` lists them)" if len(problems) > 1 else ""
-        raise UserError(f"{path}: {problems[0]}{more}")
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(f"{path}: {problems[0]}{more}; `python -m common.data FILE --strict` lists all, `--repair OUT` mends what can be")
 
 
 def state_width(task) -> int | None:
@@ -69,24 +69,27 @@ def _file_problems(file: h5py.File, task, strict: bool) -> Iterator[str]:
     for name in sorted(set(data) - set(names)):
         yield f"data/{name}: does not belong here, only demo_<number> does"
     width = state_width(task)
-    total, shapes, first = 0, None, None
+    total, shapes, first, sound = 0, None, None, []
     for name in names:
         try:
             arrays = read_arrays(data[name])
             success = bool(data[name].attrs.get("success", True))
             problems = [*array_problems(arrays, width, success), *_demo_attr_problems(data[name], arrays)]
         except DAMAGE as error:
-            yield f"{name}: {damaged(error)}"
+            yield f"{name}: {unreadable(error)}"
             continue
         yield from (f"{name}/{problem}" for problem in problems)
         if arrays.get("actions") is not None:
             total += len(arrays["actions"])
         if not problems:
+            sound.append({key: arrays[key] for key in ("states", "obs/joint_states", "obs/gripper_states")})
             width = arrays["states"].shape[1]
             if shapes is not None and picture_sizes(arrays) != shapes:
                 yield f"{name}/obs: images {picture_sizes(arrays) or 'missing'}, but {shapes or 'none'} in {first}"
             elif shapes is None:
                 shapes, first = picture_sizes(arrays), name
+    if alignment(sound) == "before":
+        yield "obs: of before each action, not after it, as the states tell"
     for key, found in (("num_demos", len(names)), ("total", total)):
         if key in data.attrs and not np.array_equal(data.attrs[key], found):
             yield f"data: attribute {key} says {data.attrs[key]}, but the file holds {found}"
@@ -94,6 +97,24 @@ def _file_problems(file: h5py.File, task, strict: bool) -> Iterator[str]:
         yield f"data: {len(names)} demonstrations, LIBERO's integrity check wants {_LIFELONG_DEMOS}"
     if strict and as_text(data.attrs.get("tag")) != TAG:
         yield f"data: attribute tag is {as_text(data.attrs.get('tag'))!r}, LIBERO's integrity check wants {TAG!r}"
+
+
+def alignment(episodes: Iterable[Mapping[str, np.ndarray]]) -> str | None:
+    """Whether proprioception, and with it the pictures, is of "before" or "after" its action; None if that can't be told.
+
+    The states, of before the action, hold the same joints: in LIBERO's models the arm's seven and the two fingers come first.
+    """
+    off: dict[str, list[np.ndarray]] = {"before": [], "after": []}  # how far the joints are from what either would have them be
+    for arrays in episodes:
+        joints = np.concatenate([arrays["obs/joint_states"], arrays["obs/gripper_states"]], axis=1)
+        states = arrays["states"][:, 1:10]
+        if states.shape[1] == 9:
+            off["before"].append(np.abs(joints - states).max(1)[:-1])
+            off["after"].append(np.abs(joints[:-1] - states[1:]).max(1))
+    if not sum(map(len, off["before"])):
+        return None
+    before, after = (float(np.median(np.concatenate(rows))) for rows in off.values())
+    return "before" if before < 0.5 * after else "after" if after < 0.5 * before else None
 
 
 def _data_attr_problems(data: h5py.Group, task) -> Iterator[str]:

@@ -16,6 +16,7 @@ The layout is that of the published demonstrations (LIBERO, arXiv 2306.03310; wr
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ LAYOUT: dict[str, tuple[tuple[int | None, ...], str]] = {
     **{f"obs/{name}": ((width,), "float64") for name, width in PROPRIO.items()},
 }
 
+_PARTS = {"ee_pos": slice(0, 3), "ee_ori": slice(3, 6)}  # of ee_states
 OPTIONAL = {"obs/ee_quat"}  # not in LIBERO's own files
 DAMAGE = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)  # what h5py raises on damaged bytes
 TAG = "libero-v1"
@@ -82,6 +84,7 @@ class Episode:
 
 
 def opened(path: str | os.PathLike) -> h5py.File:
+    """An HDF5 file open for reading; UserError, without the file's name, if it can't be."""
     path = Path(path)
     if path.is_dir() or not path.exists():
         raise UserError("is a folder, not an HDF5 file" if path.is_dir() else "no such file")
@@ -92,14 +95,39 @@ def opened(path: str | os.PathLike) -> h5py.File:
             raise UserError("truncated: the end of the file is missing; copy, download or write it again") from None
         if "signature not found" in str(error):
             raise UserError("not an HDF5 file") from None
-        raise UserError(f"cannot be opened: {os.strerror(error.errno) if error.errno else error}") from None
+        reason = environment_fault(error) or f"cannot be opened: {os.strerror(error.errno) if error.errno else error}"
+        raise UserError(reason) from None
 
 
-def damaged(error: Exception) -> str:
-    return f"damaged, cannot be read ({' '.join(str(error).split())}); copy, download or write it again"
+def environment_fault(error: Exception) -> str | None:
+    """What stands in the way of a file that may be sound, and what to do about it; None if it is something else."""
+    said, number = str(error), getattr(error, "errno", None)
+    if number in (errno.EAGAIN, errno.ENOLCK) or "unable to lock file" in said:
+        return (
+            "locked: another process is writing it, or its file system (a network's) has no locks; if no process is, "
+            "set HDF5_USE_FILE_LOCKING=FALSE"
+        )
+    if number in (errno.EMFILE, errno.ENFILE):
+        return "not opened, too many files are open in this process; raise the limit (ulimit -n 4096)"
+    if "plugin" in said or "not registered" in said:
+        return "compressed with a filter that is not installed here; install it, or store the file with gzip (h5repack -f GZIP=4 FILE NEW)"
+    return None
+
+
+def unreadable(error: Exception) -> str:
+    """Why what HDF5 raised amid a file's datasets makes it unreadable, and what to do."""
+    return environment_fault(error) or f"damaged, cannot be read ({' '.join(str(error).split())}); copy, download or write it again"
+
+
+def proprioception(obs: h5py.Group | Mapping[str, Any], name: str, steps: Any = ()) -> np.ndarray:
+    """One of PROPRIO of the given `steps`, as it is stored; ee_pos and ee_ori out of ee_states where they are not by themselves."""
+    if name in obs or name not in _PARTS:
+        return obs[name][steps]
+    return obs["ee_states"][steps][..., _PARTS[name]]
 
 
 def demo_names(data: h5py.Group) -> list[str]:
+    """The groups demo_<number>, by their numbers."""
     names = [name for name in data if name.startswith("demo_") and name[5:].isdecimal()]
     return sorted((name for name in names if isinstance(data[name], h5py.Group)), key=lambda name: int(name[5:]))
 
@@ -114,6 +142,7 @@ def read_arrays(demo: h5py.Group) -> dict[str, Any]:
 
 
 def picture_sizes(arrays: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Name -> (height, width) of the pictures among `read_arrays`' arrays."""
     return {key.removeprefix("obs/"): array.shape[1:3] for key, array in sorted(arrays.items()) if key.endswith("_rgb")}
 
 

@@ -1,7 +1,8 @@
 """Action chunks out of corpora in LIBERO's HDF5 layout, read while they are needed: what vla_pretrain.py and vla_finetune.py learn from.
 
 A sample is what the policy sees before action t and the actions t, t+1, ... after it. LIBERO's files hold pictures and proprioception
-AFTER each action, so those of step t - 1 belong to action t, and the first action of an episode, which has no picture, is left out.
+AFTER each action, so those of step t - 1 belong to action t, and the first action of an episode, which has no picture, is left out. Files
+as OpenVLA regenerates them hold what was seen BEFORE each action: there it is that of step t, and no action is left out.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
 
 import h5py
 import numpy as np
@@ -18,15 +18,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from common.cli import UserError
-from common.data.check import require_sound
+from common.data.layout import DAMAGE, opened, proprioception, unreadable
 from common.data.layout import PROPRIO as STORED
-from common.data.read import read_attrs
-from common.suites import resolve, task_names
+from common.data.read import UNTOLD
+from common.data.understand import Source, understand
 
 CAMERAS = {"agentview_rgb": "agentview", "eye_in_hand_rgb": "robot0_eye_in_hand"}  # as files and as models call them
 PROPRIO = {name: STORED[name] for name in ("ee_pos", "ee_ori", "gripper_states")}  # LeRobot's observation.state: m, axis-angle rad, m
 PROPRIO_SIZE, ACTION_SIZE = sum(PROPRIO.values()), 7
-_DAMAGE = (OSError, RuntimeError, KeyError, ValueError)  # what h5py raises on damaged bytes
 
 
 @dataclass
@@ -41,16 +40,34 @@ class Corpus:
     renderer: str
     assets: str
     mujoco: str
-    flip: bool  # pictures are stored bottom row first
+    file: Source  # how its numbers and pictures are to be taken
     demos: list[str]
-    lengths: list[int]  # T of each
+    rows: list[np.ndarray]  # of each, the steps taken: all of them, or all but no-ops
+
+    @property
+    def lengths(self) -> list[int]:
+        """The number of steps taken of each episode."""
+        return [len(rows) for rows in self.rows]
+
+    @property
+    def lag(self) -> int:
+        """What was seen before action t stands in row t - lag."""
+        return 0 if self.file.before else 1
 
 
-def read_corpora(paths: Sequence[str | os.PathLike], max_episodes: int | None = None, seed: int = 0) -> list[Corpus]:
-    """Check corpora and choose their episodes; no picture is decoded.
+def read_corpora(
+    paths: Sequence[str | os.PathLike],
+    max_episodes: int | None = None,
+    seed: int = 0,
+    filter_key: str | None = None,
+    drop_no_ops: bool = False,
+) -> list[Corpus]:
+    """Check corpora and choose their episodes; no picture is decoded. What had to be assumed to read them is logged.
 
     Args:
         max_episodes: of each file, drawn at random; a larger number draws the same ones and more.
+        filter_key: only the demonstrations that robomimic's mask/<filter_key> names, in each file.
+        drop_no_ops: leave out steps that neither move the hand nor the gripper, and what is seen before them, as if they had not been.
 
     Raises UserError for no file, a damaged one, one without pictures or successful episodes, and files that do not go together.
     """
@@ -58,11 +75,14 @@ def read_corpora(paths: Sequence[str | os.PathLike], max_episodes: int | None = 
         raise UserError("no corpus to learn from; give --data FILE ... (runs/*/corpus.hdf5, or demonstrations)")
     corpora = []
     for path in paths:
-        require_sound(path)
-        try:
-            corpora.append(_read_corpus(Path(path), max_episodes, seed))
-        except _DAMAGE as error:
-            raise UserError(f"{path}: damaged, cannot be read ({' '.join(str(error).split())}); write it again") from None
+        file = understand(path, filter_key=filter_key, pictures=True)
+        if any(demo.success is None for demo in file.demos.values()):
+            file.notes.append(UNTOLD)
+        if drop_no_ops:
+            dropped, steps = (sum(f(demo) for demo in file.demos.values()) for f in (lambda d: d.no_ops.sum(), lambda d: d.length))
+            file.notes.append(f"{dropped} no-op steps of {steps} dropped")
+        file.say()
+        corpora.append(_corpus(file, max_episodes, seed, drop_no_ops))
     for corpus in corpora[1:]:
         for name in ("image_size", "renderer", "assets"):
             ours, theirs = getattr(corpora[0], name), getattr(corpus, name)
@@ -74,42 +94,38 @@ def read_corpora(paths: Sequence[str | os.PathLike], max_episodes: int | None = 
     return corpora
 
 
-def _read_corpus(path: Path, max_episodes: int | None, seed: int) -> Corpus:
-    attrs = read_attrs(path)
-    with h5py.File(path, "r") as file:
-        data = file["data"]
-        demos = sorted((d for d in data if data[d].attrs.get("success", True)), key=lambda name: int(name[5:]))
-        if not demos:
-            raise UserError(f"{path} holds no successful episode to learn from")
-        missing = [name for name in CAMERAS if any(f"obs/{name}" not in data[d] for d in demos)]
-        if missing:
-            raise UserError(f"{path} has no pictures {missing[0]}; render them: python -m common.libero.render {path} --size 64")
-        height, width = data[demos[0]]["obs/agentview_rgb"].shape[1:3]
-        if height != width:
-            raise UserError(
-                f"{path} has pictures of {width} x {height} pixels, not square ones; python -m common.libero.render --overwrite makes such"
-            )
-        if max_episodes is not None:
-            demos = [demos[i] for i in np.random.default_rng(seed).permutation(len(demos))[:max_episodes]]
-        bddl = data.attrs["bddl_file_name"]
-        parts = PurePosixPath((bddl.decode() if isinstance(bddl, bytes) else bddl).replace("\\", "/")).parts
-        suite, name = parts[-2] if len(parts) > 1 else "", parts[-1].removesuffix(".bddl")
-        if suite not in task_names():  # a file from elsewhere: any suite that has such a task
-            suite, index = resolve(name)
-            name = task_names()[suite][index]
-        return Corpus(
-            path=str(path),
-            task=f"{suite}/{name}",
-            language="".join(attrs["problem_info"]["language_instruction"]).strip('"'),
-            source=str(attrs.get("script", "unknown")),
-            image_size=int(height),
-            renderer=str(attrs.get("renderer", "unknown")),
-            assets=str(attrs.get("image_assets", attrs.get("assets", "unknown"))),
-            mujoco=str(attrs.get("version_mujoco", attrs.get("mujoco", "unknown"))),
-            flip=attrs["macros_image_convention"] == "opengl",
-            demos=demos,
-            lengths=[len(data[d]["actions"]) for d in demos],
+def _corpus(file: Source, max_episodes: int | None, seed: int, drop_no_ops: bool) -> Corpus:
+    path, attrs = file.path, file.attrs
+    demos = [name for name, demo in file.demos.items() if demo.success is not False]
+    if not demos:
+        raise UserError(f"{path} holds no successful episode to learn from")
+    if missing := [name for name in CAMERAS if name not in file.pictures]:
+        raise UserError(f"{path} has no pictures {missing[0]}; render them: python -m common.libero.render {path} --size 64")
+    height, width = file.pictures["agentview_rgb"]
+    if height != width:
+        raise UserError(
+            f"{path} has pictures of {width} x {height} pixels, not square ones; python -m common.libero.render --overwrite makes such"
         )
+    if file.suite is None:
+        what = f"is of {file.name}, which is no task of LIBERO's" if file.name else "does not say of which task it is"
+        raise UserError(
+            f"{path} {what}; call it SUITE/TASK_demo.hdf5, as LIBERO's files are called (python -m common.libero lists the tasks)"
+        )
+    if max_episodes is not None:
+        demos = [demos[i] for i in np.random.default_rng(seed).permutation(len(demos))[:max_episodes]]
+    return Corpus(
+        path=str(path),
+        task=f"{file.suite}/{file.name}",
+        language=file.language,
+        source=str(attrs.get("script", "unknown")),
+        image_size=int(height),
+        renderer=str(attrs.get("renderer", "unknown")),
+        assets=str(attrs.get("image_assets", attrs.get("assets", "unknown"))),
+        mujoco=str(attrs.get("version_mujoco", attrs.get("mujoco", "unknown"))),
+        file=file,
+        demos=demos,
+        rows=[np.flatnonzero(~(file.demos[name].no_ops & drop_no_ops)) for name in demos],
+    )
 
 
 def split(corpora: Sequence[Corpus], fraction: float, seed: int) -> tuple[list[Corpus], list[Corpus]]:
@@ -121,12 +137,17 @@ def split(corpora: Sequence[Corpus], fraction: float, seed: int) -> tuple[list[C
         order = np.random.default_rng([seed, number]).permutation(count)
         for chosen, part in ((order[held_out:], training), (order[:held_out], validation)):
             rows = sorted(chosen)
-            part.append(Corpus(**vars(corpus) | {k: [getattr(corpus, k)[i] for i in rows] for k in ("demos", "lengths")}))
+            part.append(Corpus(**vars(corpus) | {k: [getattr(corpus, k)[i] for i in rows] for k in ("demos", "rows")}))
     for part, name in ((training, "training"), (validation, "validation")):
-        if (fraction > 0 or name == "training") and not any(max(c.lengths, default=0) > 1 for c in part):
+        if (fraction > 0 or name == "training") and not any(map(samples, part)):
             count = sum(len(c.demos) for c in corpora)
             raise UserError(f"the {name} split is empty: {count} episodes in all; give more, or --val-fraction 0")
     return training, validation
+
+
+def samples(corpus: Corpus) -> list[int]:
+    """How many samples each episode gives: one for each step before which something was seen."""
+    return [int((rows >= corpus.lag).sum()) for rows in corpus.rows]
 
 
 class Chunks(Dataset):
@@ -141,9 +162,10 @@ class Chunks(Dataset):
         self.instructions = sorted({c.language for c in corpora})
         self.instruction_of = [self.instructions.index(c.language) for c in corpora]
         self.episodes = [(c, name) for c, corpus in enumerate(corpora) for name in corpus.demos]
-        lengths = [length - 1 for corpus in corpora for length in corpus.lengths]
-        self.starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        self.sizes = [sum(length - 1 for length in corpus.lengths) for corpus in corpora]  # samples of each corpus
+        self.rows = [rows for corpus in corpora for rows in corpus.rows]
+        counts = [samples(corpus) for corpus in corpora]
+        self.starts = np.cumsum([0, *(n for each in counts for n in each)])
+        self.sizes = [sum(each) for each in counts]  # samples of each corpus
         self._files: dict[str, h5py.File] = {}
         self._process = 0
 
@@ -156,20 +178,20 @@ class Chunks(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         episode = int(np.searchsorted(self.starts, index, side="right")) - 1
         number, name = self.episodes[episode]
-        corpus, t = self.corpora[number], int(index - self.starts[episode]) + 1
+        corpus, rows = self.corpora[number], self.rows[episode]
+        rows = rows[rows >= corpus.lag][index - self.starts[episode] :][: self.chunk]  # the steps whose actions these are
         try:
             demo = self._open(corpus.path)[f"data/{name}"]
-            obs = demo["obs"]
-            images = np.stack([obs[camera][t - 1] for camera in CAMERAS])
-            proprio = np.concatenate([obs[key][t - 1] for key in PROPRIO])
-            found = demo["actions"][t : t + self.chunk]
-        except _DAMAGE as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{corpus.path}: {name} is damaged, cannot be read ({reason}); write the file again") from None
+            obs, seen = demo["obs"], rows[0] - corpus.lag
+            images = np.stack([obs[camera][seen] for camera in CAMERAS])
+            proprio = np.concatenate([proprioception(obs, key, seen) for key in PROPRIO])
+            found = corpus.file.commands(demo["actions"][rows[0] : rows[-1] + 1])[rows - rows[0]]
+        except DAMAGE as error:
+            raise UserError(f"{corpus.path}: {name} is {unreadable(error)}") from None
         actions, mask = np.zeros((self.chunk, ACTION_SIZE), np.float32), np.zeros(self.chunk, np.float32)
         actions[: len(found)], mask[: len(found)] = found, 1
         return {
-            "images": torch.from_numpy(np.ascontiguousarray(images[:, ::-1]) if corpus.flip else images),
+            "images": torch.from_numpy(np.ascontiguousarray(images[:, ::-1]) if corpus.file.flip else images),
             "proprio": torch.from_numpy(proprio.astype(np.float32)),
             "actions": torch.from_numpy(actions),
             "mask": torch.from_numpy(mask),
@@ -180,7 +202,10 @@ class Chunks(Dataset):
         if self._process != os.getpid():  # HDF5 files must not be shared over a fork
             self._files, self._process = {}, os.getpid()
         if path not in self._files:
-            self._files[path] = h5py.File(path, "r")
+            try:
+                self._files[path] = opened(path)
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from None
         return self._files[path]
 
     def statistics(self) -> dict[str, list[float]]:
@@ -188,11 +213,12 @@ class Chunks(Dataset):
         edges = np.linspace(-1, 1, 2001)
         counts, total = np.zeros((ACTION_SIZE, 2000)), 0
         mean, square = np.zeros(PROPRIO_SIZE), np.zeros(PROPRIO_SIZE)
-        for number, name in self.episodes:
-            with h5py.File(self.corpora[number].path, "r") as file:
+        for (number, name), rows in zip(self.episodes, self.rows, strict=True):
+            corpus = self.corpora[number]
+            with opened(corpus.path) as file:
                 demo = file[f"data/{name}"]
-                proprio = np.concatenate([demo[f"obs/{key}"][()] for key in PROPRIO], axis=1)
-                actions = demo["actions"][()]
+                proprio = np.concatenate([proprioception(demo["obs"], key) for key in PROPRIO], axis=1)[rows]
+                actions = corpus.file.commands(demo["actions"][()])[rows]
             counts += [np.histogram(column, edges)[0] for column in actions.T]
             mean, square, total = mean + proprio.sum(0), square + (proprio**2).sum(0), total + len(proprio)
         mean, square = mean / total, square / total
@@ -276,5 +302,8 @@ def describe(corpora: Sequence[Corpus]) -> list[dict]:
 
 
 def fingerprint(corpora: Sequence[Corpus]) -> str:
-    """Tells whether a resumed run still has the same episodes."""
-    return hashlib.sha256(repr([[c.path, c.task, c.demos, c.lengths] for c in corpora]).encode()).hexdigest()
+    """Tells whether a resumed run still has the same episodes, wherever their files lie now."""
+    content = [
+        [c.task, c.image_size, c.renderer, [(c.file.demos[d].digest, n) for d, n in zip(c.demos, c.lengths, strict=True)]] for c in corpora
+    ]
+    return hashlib.sha256(repr(content).encode()).hexdigest()

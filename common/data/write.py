@@ -17,10 +17,13 @@ import numpy as np
 
 from common.cli import UserError, atomic_path
 from common.data.check import array_problems, final_state_problems, state_width
-from common.data.layout import DATA_ATTRS, DEMO_ATTRS, PROPRIO, TAG, Episode, as_text, demo_names, opened, picture_sizes
+from common.data.layout import DATA_ATTRS, DEMO_ATTRS, PROPRIO, TAG, Episode, as_text, demo_names, environment_fault, opened, picture_sizes
 from common.data.read import read_episode
+from common.data.understand import understand
 
 _GZIP = 4  # of pictures
+_ASSET_FOLDERS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "textures", "turbosquid_objects")
+_FILE = re.compile(r'\bfile="([^"]*)"')
 # robosuite 1.4's OSC_POSE, as LIBERO records it in env_args.
 _OSC_POSE = {
     "type": "OSC_POSE",
@@ -46,7 +49,8 @@ def write_episodes(path: str | os.PathLike, episodes: Iterable[Episode], task, a
     """Write episodes of one task to `path`, whole or not at all. A generator will do: they are written one by one.
 
     `task` has bddl_file, problem_name, language, name and xml. `attrs` (script, mujoco, assets, renderer, ...: numbers
-    and strings) go beside LIBERO's own on `data`. A failed episode (success False) ends in reward 0 instead of 1.
+    and strings) go beside LIBERO's own on `data`. A failed episode (success False) ends in reward 0 instead of 1. An
+    episode's attribute model_file, if it has one, is the XML of its own scene; else it is the task's.
     Raises UserError if there is no episode, or one does not fit the layout (NaN, actions outside [-1, 1], ...).
     """
     if clash := sorted(set(attrs) & {*DATA_ATTRS, "tag", "task"}):
@@ -89,20 +93,20 @@ def replace_images(
                 old.copy(name, file)
         data = file.create_group("data")
         data.attrs.update(old["data"].attrs)
-        flip = as_text(data.attrs["macros_image_convention"]) == "opengl"
+        flip, source = as_text(data.attrs["macros_image_convention"]) == "opengl", understand(path)
         shape: tuple[int, ...] = ()
         for name in demo_names(old["data"]):
-            source, demo = old["data"][name], data.create_group(name)
-            demo.attrs.update(source.attrs)
+            before, demo = old["data"][name], data.create_group(name)
+            demo.attrs.update(before.attrs)
             obs = demo.create_group("obs")
-            for key in source:
+            for key in before:
                 if key != "obs":
-                    source.copy(key, demo)
-            for key in source["obs"]:
+                    before.copy(key, demo)
+            for key in before["obs"]:
                 if not key.endswith("_rgb"):
-                    source["obs"].copy(key, obs)
-            done, length = 0, len(source["actions"])
-            for batch in pictures(read_episode(source, images=False, flip=flip)):
+                    before["obs"].copy(key, obs)
+            done, length = 0, len(before["actions"])
+            for batch in pictures(read_episode(before, source, images=False, success=True)):
                 for key, frames in batch.items():
                     shape = frames.shape[1:]
                     if done == 0:
@@ -127,6 +131,8 @@ def _new_file(path: str | os.PathLike) -> Iterator[h5py.File]:
     except (OSError, RuntimeError) as error:  # HDF5 reports a full disk without the file's name, and on closing in the text alone
         said = re.search(r"errno = (\d+)", str(error))
         number = error.errno if isinstance(error, OSError) else said and int(said[1])
+        if reason := environment_fault(error):
+            raise UserError(f"{path} is not written: {reason}") from None
         if number is None or getattr(error, "filename", None):
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
@@ -160,6 +166,7 @@ def _write_demo(demo: h5py.Group, episode: Episode, arrays: Mapping[str, np.ndar
     attrs = {key: value for key, value in episode.attrs.items() if value is not None}
     if "init_state" in attrs:  # LIBERO's attribute of this name is the state itself
         attrs["init_state_index"] = attrs.pop("init_state")
+    xml = portable(attrs.pop("model_file", xml))
     if clash := sorted(set(attrs) & {*DEMO_ATTRS, "final_state"}):
         raise ValueError(f"these attributes are written from the episode itself: {', '.join(clash)}")
     attrs["success"] = bool(episode.success)
@@ -167,6 +174,26 @@ def _write_demo(demo: h5py.Group, episode: Episode, arrays: Mapping[str, np.ndar
         attrs["final_state"] = np.asarray(episode.final_state, np.float64)
     demo.attrs.update(attrs)
     demo.attrs.update({"num_samples": episode.length, "model_file": xml, "init_state": arrays["states"][0]})
+
+
+def portable(xml: str) -> str:
+    """A scene's XML whose files are named relative to where robosuite and LIBERO lie, instead of by paths of this machine.
+
+    robosuite's as LIBERO's and robomimic's tools look for them, from the last robosuite/ on; the others, which share LIBERO's asset
+    folder, as libero/libero/assets/...
+    """
+    files = {name: os.path.normpath(name).replace("\\", "/") for name in _FILE.findall(xml) if os.path.isabs(name)}
+    own = {name: path for name, path in files.items() if "/robosuite/" not in path}
+    root = Path(os.path.commonpath(map(os.path.dirname, own.values())) if own else "")
+    root = next((root.parents[len(root.parts) - 1 - i] for i, part in enumerate(root.parts) if part in _ASSET_FOLDERS), root)
+
+    def relative(match: re.Match) -> str:
+        name = match[1]
+        if name in own:
+            return f'file="libero/libero/assets/{os.path.relpath(own[name], root)}"'
+        return f'file="robosuite/{files[name].rpartition("/robosuite/")[2]}"' if name in files else match[0]
+
+    return _FILE.sub(relative, xml)
 
 
 def _libero_attrs(task, height: int, width: int) -> dict[str, str]:
