@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +16,9 @@ from scipy.spatial.transform import Rotation
 
 from common.cli import UserError
 from common.data import read_episodes
-from common.demos import __main__ as command
 from common.demos import cache, collection, grasps, rehearsal
-from common.demos.__main__ import Args
 from common.demos.articulate import Articulate, joint_motion
-from common.demos.collection import collect, load_or_collect
+from common.demos.collection import collect, load_or_collect, make_file
 from common.demos.demonstrator import SKILLS, Demonstrator, Step, Strategy, agenda, unsettled
 from common.demos.geometry import (
     CELL,
@@ -480,12 +480,22 @@ def test_rehearsal_of_several_steps_finds_the_choice_that_is_to_blame(drawer_tas
 
 
 def test_a_data_set_goes_on_where_it_was(pulling, assets, monkeypatch, tmp_path):
-    args, path = Args(out=tmp_path, task="libero_goal/0", episodes=2, noise=0.05, assets=assets), tmp_path / "drawer_demo.hdf5"
-    lines = command._demonstrate(args.task, path, args, False)
+    path, how = tmp_path / "drawer_demo.hdf5", {"num_envs": 2, "assets": assets, "progress": False}
+    lines = make_file(path, "libero_goal/0", 2, 0, 0.05, **how)
     assert len(lines) == 1 and lines[0].startswith(f"{PULL.name}: 2 episodes of ")
-    monkeypatch.setattr(command, "collect", lambda *a, **k: pytest.fail("made again"))
-    assert command._demonstrate(args.task, path, args, False) == lines
+    monkeypatch.setattr(collection, "collect", lambda *a, **k: pytest.fail("made again"))
+    assert make_file(path, "libero_goal/0", 2, 0, 0.05, **how) == lines
     calls = []
-    monkeypatch.setattr(command, "collect", lambda *a, **k: calls.append(a) or read_episodes(path, pulling))
-    command._demonstrate(args.task, path, dataclasses.replace(args, seed=1), False)  # made in another way
+    monkeypatch.setattr(collection, "collect", lambda *a, **k: calls.append(a) or read_episodes(path, pulling))
+    make_file(path, "libero_goal/0", 2, 1, 0.05, **how)  # made in another way
     assert len(calls) == 1
+
+
+def test_tasks_of_a_suite_are_worked_on_in_processes(tmp_path):
+    """Each says what keeps it from its work: here, that there are no assets."""
+    flags = ["--suite", "libero_goal", "--out", str(tmp_path), "--assets", str(tmp_path), "--workers", "1"]
+    result = subprocess.run([sys.executable, "-m", "common.demos", *flags], capture_output=True, text=True)
+    assert result.returncode == 2 and "error: 10 of 10 tasks have no demonstrations" in result.stderr
+    assert result.stderr.count("is not a whole LIBERO asset tree") == 20 and "Traceback" not in result.stderr
+    result = subprocess.run([sys.executable, "-m", "common.demos", *flags, "--episodes", "0"], capture_output=True, text=True)
+    assert result.stderr == "error: --episodes must be at least 1, not 0\n"

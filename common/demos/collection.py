@@ -6,8 +6,10 @@ import heapq
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import mujoco
+import numpy as np
 from tqdm import tqdm
 
 from common.cli import UserError
@@ -15,7 +17,7 @@ from common.data import Episode, read_episodes, write_episodes
 from common.demos.attempts import Attempt, perform
 from common.demos.cache import cache_file
 from common.demos.rehearsal import strategies
-from common.libero import Task
+from common.libero import Task, load_task
 
 
 def collect(
@@ -91,6 +93,27 @@ def load_or_collect(task: Task, num_episodes: int, seed: int = 0, noise: float =
     episodes = collect(task, num_episodes, seed, noise, progress=progress)
     write_demonstrations(path, task, episodes)
     return episodes
+
+
+def make_file(
+    path: Path, task_id: str, num_episodes: int, seed: int, noise: float, num_envs: int, assets: str | None, progress: bool
+) -> list[str]:
+    """Write the demonstrations of one task that replay from their first state, unless the file is there, made in the same way.
+
+    Returns a line for each strategy. As `collect`, and `load_task` for `assets`.
+    """
+    task, made = load_task(task_id, assets), {"noise": noise, "seed": seed}
+    try:
+        episodes = read_episodes(path, task)
+    except (OSError, UserError):
+        episodes = []
+    if len(episodes) != num_episodes or any(e.attrs.get(k) != v for e in episodes for k, v in made.items()):
+        episodes = collect(task, num_episodes, seed, noise, num_envs, replayable=True, progress=progress)
+        write_demonstrations(path, task, episodes)
+    lengths: dict[str, list[int]] = {}
+    for e in episodes:
+        lengths.setdefault(e.attrs["strategy"], []).append(e.length)
+    return [f"{name}: {len(n)} episodes of {np.mean(n):.0f} steps" for name, n in lengths.items()]
 
 
 def write_demonstrations(path: str | os.PathLike, task: Task, episodes: list[Episode]) -> None:
