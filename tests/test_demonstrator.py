@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import h5py
 import mujoco
 import numpy as np
 import pytest
@@ -373,6 +374,13 @@ def test_collected_sets_are_kept_and_a_damaged_one_is_made_again(pulling, monkey
     monkeypatch.setenv("RL_DATA_ENGINE_CACHE", str(tmp_path))
     monkeypatch.setitem(rehearsal._strategies, (pulling.id, pulling.assets), [PULL])
     np.testing.assert_array_equal(load_or_collect(pulling, 1, progress=False)[0].actions, first[0].actions)
+    with h5py.File(file, "r+") as damaged:  # one of those that it holds
+        damaged.copy("data/demo_0", "data/demo_1")
+        damaged["data/demo_1/states"][2, 3] = np.nan
+        damaged["data"].attrs["num_demos"] = 2
+    assert len(read_episodes(file, pulling)) == 1
+    file.rename(cache.cache_file(pulling, "episodes", "hdf5", 2, 0, 0.1))
+    assert len(load_or_collect(pulling, 2, progress=False)) == 2
 
 
 def test_what_is_kept_is_kept_for_this_code_alone(pulling, monkeypatch):

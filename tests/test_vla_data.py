@@ -100,6 +100,14 @@ def test_demonstrations_left_out(path):
         read_corpora([path])
 
 
+def test_demonstrations_without_pictures_are_left_out(path):
+    """Even if more have none than have some."""
+    for name, left in (("demo_0", ["demo_1", "demo_2"]), ("demo_1", ["demo_2"])):
+        with h5py.File(path, "r+") as file:
+            del file[f"data/{name}/obs/agentview_rgb"], file[f"data/{name}/obs/eye_in_hand_rgb"]
+        assert [corpus.demos for corpus in read_corpora([path])] == [left]
+
+
 def test_filter_key(path):
     with h5py.File(path, "r+") as file:
         masked(file)

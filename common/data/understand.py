@@ -121,53 +121,60 @@ def _understand(file: h5py.File, path: Path, task, filter_key: str | None, pictu
     notes += _stale_counts(data, names)
     chosen = _filtered(file, names, filter_key, notes)
 
-    numbers: dict[str, dict[str, np.ndarray]] = {}
-    remarks: dict[str, list[str]] = {}  # what was repaired -> in which demonstrations
-    for name in chosen:
-        try:
-            numbers[name] = _numbers(data[name])
-            if reason := _fault(numbers[name]):
-                source.skipped[name] = reason
-        except DAMAGE as error:
-            source.skipped[name] = unreadable(error)
-    usable = [name for name in chosen if name not in source.skipped]
-    widths = Counter(numbers[name]["states"].shape[1] for name in usable)
-    model = getattr(task, "model", None)
-    width = 1 + model.nq + model.nv if model is not None else max(widths, key=widths.get, default=0)
-    sizes = Counter(str(_sizes(data[name])) for name in usable) if pictures else {}
-    for name in usable:
-        if (found := numbers[name]["states"].shape[1]) != width:
-            source.skipped[name] = f"states of {found} numbers, not {width}{' as in the others' if model is None else ' = 1+nq+nv'}"
-        elif len(sizes) > 1 and str(_sizes(data[name])) != max(sizes, key=sizes.get):
-            source.skipped[name] = f"pictures {_sizes(data[name]) or 'missing'}, not {max(sizes, key=sizes.get)} as in the others"
-    usable = [name for name in usable if name not in source.skipped]
-    if not usable:
-        name, reason = next(iter(source.skipped.items()))
-        more = f" (and {len(source.skipped) - 1} more)" if len(source.skipped) > 1 else ""
-        raise UserError(f"no demonstration can be used: {name}: {reason}{more}")
-
-    source.pictures = _sizes(data[usable[0]])
+    numbers = _usable(source, data, chosen, task, pictures)
+    source.pictures = _sizes(data[next(iter(numbers))])
     _find_image_convention(source, notes)
-    when = alignment(numbers[name] for name in usable)
+    when = alignment(numbers.values())
     source.before = when == "before"
     if source.before:
         notes.append("pictures and proprioception are of before the action, not after it: moved by one step")
     elif when is None:
         notes.append("whether proprioception is of before or after the action, the states do not tell: taken to be of after it")
-    _find_gripper(source, [numbers[name] for name in usable], notes)
-    for name in usable:
-        for remark in _remarks(data[name], numbers[name]):
+    _find_gripper(source, list(numbers.values()), notes)
+    remarks: dict[str, list[str]] = {}  # what was repaired -> in which demonstrations
+    for name, arrays in numbers.items():
+        for remark in _remarks(data[name], arrays):
             remarks.setdefault(remark, []).append(name)
         source.demos[name] = Demo(
-            length=len(numbers[name]["actions"]),
-            success=_success(data[name], numbers[name], name),
-            digest=_digest(numbers[name]),
-            no_ops=_no_ops(source.commands(numbers[name]["actions"])),
+            length=len(arrays["actions"]),
+            success=_success(data[name], arrays, name),
+            digest=_digest(arrays),
+            no_ops=_no_ops(source.commands(arrays["actions"])),
         )
     for remark, where in remarks.items():
         listed = ", ".join(where[:3]) + (", ..." if len(where) > 3 else "")
-        notes.append(remark if len(where) == len(usable) else f"{remark} ({listed})")
+        notes.append(remark if len(where) == len(numbers) else f"{remark} ({listed})")
     return source
+
+
+def _usable(source: Source, data: h5py.Group, chosen: list[str], task, pictures: bool) -> dict[str, dict[str, np.ndarray]]:
+    """The numbers of those demonstrations that can be used; why the others can't is noted. UserError if there is none."""
+    numbers, skipped = {}, source.skipped
+    for name in chosen:
+        try:
+            arrays = _numbers(data[name])
+            if reason := _fault(arrays):
+                skipped[name] = reason
+            else:
+                numbers[name] = arrays
+        except DAMAGE as error:
+            skipped[name] = unreadable(error)
+    widths = Counter(arrays["states"].shape[1] for arrays in numbers.values())
+    model = getattr(task, "model", None)
+    width = 1 + model.nq + model.nv if model is not None else max(widths, key=widths.get, default=0)
+    sizes = {name: str(_sizes(data[name]) or "missing") for name in numbers} if pictures else {}
+    counts = Counter(size for size in sizes.values() if size != "missing")
+    usual = max(counts, key=counts.get, default=None)
+    for name, arrays in numbers.items():
+        if (found := arrays["states"].shape[1]) != width:
+            skipped[name] = f"states of {found} numbers, not {width}{' as in the others' if model is None else ' = 1+nq+nv'}"
+        elif usual and sizes[name] != usual:
+            skipped[name] = f"pictures {sizes[name]}, not {usual} as in the others"
+    if not (numbers := {name: arrays for name, arrays in numbers.items() if name not in skipped}):
+        name, reason = next(iter(skipped.items()))
+        more = f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
+        raise UserError(f"no demonstration can be used: {name}: {reason}{more}")
+    return numbers
 
 
 # ------------------------------------------------------------------------------------------------- of the file as a whole

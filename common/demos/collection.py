@@ -87,9 +87,12 @@ def load_or_collect(task: Task, num_episodes: int, seed: int = 0, noise: float =
     path = cache_file(task, "episodes", "hdf5", num_episodes, seed, noise)
     if path.exists():
         try:
-            return read_episodes(path, task)
+            episodes = read_episodes(path, task)
+            if len(episodes) == num_episodes:  # else some could not be read
+                return episodes
         except UserError as error:
-            logging.getLogger(__name__).warning("%s: collecting again", error)
+            logging.getLogger(__name__).warning("%s", error)
+        logging.getLogger(__name__).warning("%s is damaged: collecting again", path)
     episodes = collect(task, num_episodes, seed, noise, progress=progress)
     write_demonstrations(path, task, episodes)
     return episodes
