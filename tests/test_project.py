@@ -1,7 +1,10 @@
-"""pyproject.toml, which uv reads, against the requirements files, which pip reads, and uv.lock."""
+"""What pyproject.toml promises: pins (uv's against pip's and the lock), and which way imports go."""
 
 from __future__ import annotations
 
+import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +59,37 @@ def test_the_lock_is_of_these_pins_and_of_the_public_index():
     assert left_out and not left_out & {name for name, _ in locked}
     sources = {package["source"].get("registry", "") for package in lock["package"]}
     assert sources == {"https://pypi.org/simple", ""}
+
+
+SCRIPTS = {"dlr_discover", "gaussian_ppo", "diffusion_ppo", "vla_pretrain", "vla_finetune"}
+
+
+def imported(file: Path) -> set[str]:
+    """First parts of the modules that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+def test_scripts_import_common_and_nothing_imports_scripts():
+    for script in SCRIPTS:
+        assert not imported(ROOT / f"{script}.py") & (SCRIPTS | {"benchmarks", "tests"}), script
+    for file in (ROOT / "common").rglob("*.py"):
+        assert not imported(file) & (SCRIPTS | {"benchmarks", "tests"}), file
+
+
+def test_only_one_room_knows_robosuite_and_bddl():
+    for file in (ROOT / "common").rglob("*.py"):
+        if file.parent.name != "libero":
+            assert not imported(file) & {"robosuite", "bddl", "libero"}, file
+
+
+def test_imports_go_one_way():
+    """The contracts of pyproject.toml, which name the rooms from the scripts' helpers down to the errors."""
+    code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True, no_logo=True))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -9,8 +9,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from common.cli import UserError
 from common.libero.env import LiberoVectorEnv
-from common.libero.gym_env import NextStep
 from common.libero.tasks import Task, load_task
+from common.libero.wrappers import NextStep
 
 BACKENDS = ("auto", "cpu", "warp")
 WARP_WORLDS = 256  # environments from which "auto" takes a GPU, if there is one (docs/warp.md: 1.3 times 16 CPU cores)
@@ -55,7 +55,7 @@ def make_env(
         backend: "cpu" (`LiberoVectorEnv`), "warp" (`common.libero.warp_env.LiberoWarpEnv`, on `device`) or "auto" (see `choose_backend`).
         physics: "exact" or "sleep", see `LiberoVectorEnv`; of the CPU backend.
         device: of "warp", default the first GPU; and of the ray tracer, default where the worlds are.
-        kwargs: as in the class; and autoreset_mode may be NEXT_STEP (`common.libero.gym_env.NextStep`).
+        kwargs: as in the class; and autoreset_mode may be NEXT_STEP (`common.libero.wrappers.NextStep`).
     """
     if obs not in ("state", "pixels"):
         raise UserError(f"obs must be 'state' or 'pixels', not {obs!r}")

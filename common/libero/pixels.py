@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import gymnasium as gym
 import mujoco
 import numpy as np
 import torch
-from gymnasium.vector import VectorEnv, VectorWrapper
+from gymnasium.vector import VectorEnv
 
 from common.data import PROPRIO as STORED
 from common.libero.observation import proprioception
 from common.libero.renderers import make_renderer
 from common.libero.tasks import Task
+from common.libero.wrappers import Wrapper
 
 if TYPE_CHECKING:
     from common.libero.warp_env import LiberoWarpEnv
@@ -60,7 +61,7 @@ class PixelObservation:
         return {name: pictures[camera].flip(1) for camera, name in self.names.items()} | {"proprio": proprio}
 
 
-class PixelEnv(VectorWrapper):
+class PixelEnv(Wrapper):
     """A LIBERO vector environment whose observations are `PixelObservation`'s; everything else is the wrapped environment's.
 
     Observations are numpy arrays; of an environment on Warp, torch tensors on its device (with the renderer "warp").
@@ -75,11 +76,6 @@ class PixelEnv(VectorWrapper):
             env.require_memory(env.num_envs * self.pixels.bytes, what="worlds' pictures")
         self.single_observation_space = self.pixels.space
         self.observation_space = gym.vector.utils.batch_space(self.pixels.space, env.num_envs)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name == "env":
-            raise AttributeError(name)
-        return getattr(self.env, name)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         _, info = self.env.reset(seed=seed, options=options)
