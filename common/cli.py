@@ -1,9 +1,10 @@
-"""What every command shares: one-line errors, flags with ranges, files that appear whole, the cache folder, the usable cores."""
+"""What every command shares: one-line errors, flags with ranges, files that appear whole, locks, the cache folder, the usable cores."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
 import logging
 import math
@@ -16,7 +17,7 @@ import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 
 class UserError(Exception):
@@ -109,8 +110,23 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def lock(path: str | os.PathLike) -> IO | None:
+    """Open and lock a file; None if another process holds it. The lock is held until the file is closed, here and in every child process
+    that it is passed to, or these processes are dead. OSError: a file system without locks."""
+    file = open(path, "a")  # noqa: SIM115  (it stays open)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
 def usable_cores() -> int:
-    """How many CPU cores this process may use: those of its affinity, or fewer by a container's quota."""
+    """How many CPU cores this process may use: $RL_DATA_ENGINE_CORES, if it says so, else those of its affinity, or fewer by a
+    container's quota."""
+    if (told := os.environ.get("RL_DATA_ENGINE_CORES", "")).isdecimal():  # by common.sweep: other runs are on the other cores
+        return max(1, int(told))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(cores, _quota())))
 

@@ -307,3 +307,41 @@ def plot_comparison(
     figure.colorbar(image, ax=grid[1, -1], label="DTW distance (m)", shrink=0.9)
     figure.suptitle(title)
     _save(figure, path)
+
+
+def plot_sweep(path: str | os.PathLike, rows: Sequence[dict], title: str = "") -> None:
+    """Finished runs by suite, a point a run: success after Learn and after Reinforce, joined; and beside, if a run has more than one
+    pattern, how many are alive, and p_leak. The bars are means.
+
+    `rows`: `suite`, `learn`, `reinforce` and `p_leak` in [0, 1] and `patterns`; what isn't known is None.
+    """
+    suites = list(dict.fromkeys(row["suite"] for row in rows))
+    several = any((row["patterns"] or 1) > 1 for row in rows)
+    figure = _figure(1.6 * len(suites) + 2.4 + 6.4 * several, 3.8)
+    charts = figure.subplots(1, 3 if several else 1, squeeze=False)[0]
+    rng = np.random.default_rng(0)
+    for x, suite in enumerate(suites):
+        mine = [row for row in rows if row["suite"] == suite]
+        shift = rng.uniform(-0.1, 0.1, len(mine))
+        for row, dx in zip(mine, shift, strict=True):
+            both = [np.nan if row[stage] is None else 100 * row[stage] for stage in ("learn", "reinforce")]
+            charts[0].plot([x - 0.2 + dx, x + 0.2 + dx], both, color="0.75", linewidth=0.6, zorder=1)
+            charts[0].plot(x - 0.2 + dx, both[0], "o", color=COLOURS[1], markersize=3.5)
+            charts[0].plot(x + 0.2 + dx, both[1], "o", color=COLOURS[0], markersize=3.5)
+        for k, (chart, name, scale) in enumerate(zip(charts[1:], ("patterns", "p_leak"), (1, 100), strict=False)):
+            values = [scale * row[name] for row in mine if row[name] is not None]
+            chart.plot(x + shift[: len(values)], values, "o", color=COLOURS[2 + k], markersize=3.5)
+        for chart, name, dx, scale in ((0, "learn", -0.2, 100), (0, "reinforce", 0.2, 100), (1, "patterns", 0, 1), (2, "p_leak", 0, 100)):
+            values = [scale * row[name] for row in mine if row[name] is not None]
+            if values and chart < len(charts):
+                charts[chart].hlines(np.mean(values), x + dx - 0.18, x + dx + 0.18, color="black", linewidth=1.8, zorder=3)
+    for chart, label in zip(charts, ("success (%)", "patterns alive", "p_leak (%)"), strict=False):
+        chart.set(ylabel=label, xlim=(-0.5, len(suites) - 0.5))
+        chart.set_xticks(range(len(suites)), [suite.removeprefix("libero_") for suite in suites])
+        _grid(chart)
+    charts[0].set_ylim(-3, 103)
+    for x, colour, name in ((0, COLOURS[1], "after Learn"), (1, COLOURS[0], "after Reinforce")):
+        charts[0].plot([], [], "o", color=colour, label=name, zorder=x)
+    charts[0].legend(loc="lower right", frameon=False, fontsize=9)
+    figure.suptitle(title)
+    _save(figure, path)

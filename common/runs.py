@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import importlib.metadata
 import io
 import json
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 import tyro
 
-from common.cli import UserError, atomic_path
+from common.cli import UserError, atomic_path, lock
 
 
 def versions() -> dict[str, str]:
@@ -194,13 +193,13 @@ class Run:
 
     def _lock(self) -> None:
         """Keep other processes out of the folder as long as this one lives, by a lock on config.json, which is never replaced."""
-        self._locked = open(self.folder / "config.json")  # noqa: SIM115  (it stays open)
         try:
-            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is working on {self.folder}; wait for it, or stop it") from error
+            self._locked = lock(self.folder / "config.json")
         except OSError as error:  # a file system without locks
             self.progress.say(f"warning: {self.folder} cannot be locked against other processes ({error.strerror})")
+            return
+        if self._locked is None:
+            raise UserError(f"another process is working on {self.folder}; wait for it, or stop it")
 
     def _on_sigterm(self, *_) -> None:
         if not self.training:
