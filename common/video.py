@@ -12,10 +12,10 @@ import numpy as np
 from common.cli import UserError, atomic_path
 
 
-def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float = 20) -> None:
+def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float = 20, crf: int = 18) -> None:
     """Write frames (T, H, W, 3) uint8 as an mp4 (H.264) with the ffmpeg that imageio-ffmpeg brings; H and W must be even.
 
-    The file appears whole or not at all. 20 frames a second is LIBERO's control rate.
+    The file appears whole or not at all. 20 frames a second is LIBERO's control rate. `crf`: x264's, lower is better and larger.
     """
     frames = np.ascontiguousarray(frames)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or len(frames) == 0:
@@ -24,7 +24,7 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float = 20) ->
     if height % 2 or width % 2:
         raise ValueError(f"frames of {width} x {height} pixels cannot be H.264; make width and height even")
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
-    encoding = ["-c:v", "libx264", "-crf", "18", "-pix_fmt", "yuv420p"]  # 4:2:0 is what browsers play
+    encoding = ["-c:v", "libx264", "-crf", str(crf), "-pix_fmt", "yuv420p"]  # 4:2:0 is what browsers play
     with atomic_path(Path(path)) as temporary:
         command = [find_ffmpeg(), "-y", "-loglevel", "error", *source, *encoding, str(temporary)]
         result = subprocess.run(command, input=frames.tobytes(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
