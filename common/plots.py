@@ -340,8 +340,10 @@ def plot_sweep(path: str | os.PathLike, rows: Sequence[dict], title: str = "") -
         chart.set_xticks(range(len(suites)), [suite.removeprefix("libero_") for suite in suites])
         _grid(chart)
     charts[0].set_ylim(-3, 103)
+    for chart in charts[1:]:  # from 0, and at least to 4 patterns, or 10 %
+        chart.set_ylim(-0.02 * (top := max(1.1 * chart.dataLim.y1, 10 if chart is charts[-1] else 4)), top)
     for x, colour, name in ((0, COLOURS[1], "after Learn"), (1, COLOURS[0], "after Reinforce")):
         charts[0].plot([], [], "o", color=colour, label=name, zorder=x)
-    charts[0].legend(loc="lower right", frameon=False, fontsize=9)
-    figure.suptitle(title)
+    charts[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, frameon=False, fontsize=9)
+    figure.suptitle(textwrap.fill(title, 24 + 16 * len(suites) + 70 * several, break_on_hyphens=False), fontsize=10)
     _save(figure, path)

@@ -19,8 +19,11 @@ FIELDS += ("corpus", "corpus_episodes", "corpus_bytes", "assets", "demos", "vers
 GOAL = 0.9  # the success that "to 90 %" is about
 CARD = """# Trajectories of {script}, {tasks} tasks
 
-{episodes:,} successful trajectories ({gigabytes:.2f} GB) on {tasks} tasks of LIBERO, from `{command}`:
-a policy learned each task from {demos} demonstrations and by reinforcement learning, and was then rolled out. There is no failed
+{episodes:,} successful trajectories ({megabytes:,.0f} MB) on {tasks} tasks of LIBERO, from
+
+    {command}
+
+A policy learned each task from {demos} demonstrations and by reinforcement learning, and was then rolled out. There is no failed
 episode among them. `corpora.json` lists the files, one a run; `table.md` and `sweep.json` say how each run went.
 
 {suites}
@@ -30,18 +33,19 @@ episode among them. `corpora.json` lists the files, one a run; `table.md` and `s
 - Assets: {assets}. Stand-ins (`standin:`) are this project's own; their numbers don't compare with published LIBERO.
 - Seeds: {seeds}. Starts are LIBERO's own random placements, not its 50 official initial states: those were evaluated on.
 - Success is of the deterministic policy from the official initial states, under exact physics.
-- Diversity: a run's trajectories are {distance} m from each other (mean pairwise L2 distance, averaged over runs); each episode
-  carries the number of its pattern (`pattern`). {leak}
+- Diversity: each episode carries the number of its pattern (`pattern`). {distance}{leak}
 {failures}
 ## How to load them
 
 Each file is in LIBERO's HDF5 layout: `data/demo_N` with `actions` (T, 7), `states` (T, 1 + nq + nv), `obs/...`, `rewards`, `dones`.
 
+    files = json.load(open("corpora.json"))
+
     from common.data import read_episodes                       # this project: actions, states, proprioception, pattern
-    episodes = read_episodes("{first}")
+    episodes = read_episodes(files[0])
 
     from robomimic.utils.dataset import SequenceDataset         # robomimic, and LIBERO's own get_dataset, which calls it
-    SequenceDataset(hdf5_path="{first}", obs_keys=["ee_states", "gripper_states", "joint_states"],
+    SequenceDataset(hdf5_path=files[0], obs_keys=["ee_states", "gripper_states", "joint_states"],
                     dataset_keys=["actions", "rewards", "dones"])
 
 Pictures can be rendered into the files later: `python -m common.libero.render FILE`.
@@ -204,17 +208,16 @@ def card(settings: dict, rows: list[dict], command: str) -> str:
         command=command,
         tasks=len({row["task"] for row in done}),
         episodes=sum(row["corpus_episodes"] or 0 for row in done),
-        gigabytes=sum(row["corpus_bytes"] for row in done) / 1e9,
+        megabytes=sum(row["corpus_bytes"] for row in done) / 1e6,
         demos=all_of("human" if str(row["demos"]) != "scripted" else "scripted" for row in done),
-        revision=all_of({settings["revision"], *(row["versions"].get("revision", "unknown") for row in done)} - {"unknown"}),
+        revision=all_of(row["versions"].get("revision", "unknown") for row in done),
         versions=", ".join(f"{name} {number}" for name, number in found),
         assets=all_of(row["assets"] for row in done),
         seeds=all_of(row["seed"] for row in done),
         suites=suites_table(rows),
-        distance=_number(np.mean(distances)) if distances else "unknown",
-        leak=f"p_leak, how often a trajectory is recognised as another pattern's, is {_percent(np.mean(leaks))}." if leaks else "",
+        distance=f"Trajectories of a run are {np.mean(distances):.2f} m from each other (mean pairwise L2).\n" if distances else "",
+        leak=f"  p_leak, how often a trajectory is recognised as another pattern's, is {_percent(np.mean(leaks))}." if leaks else "",
         failures="".join(f"- No trajectories of {row['task']} (seed {row['seed']}): {row['outcome']}.\n" for row in failed),
-        first=done[0]["corpus"] if done else "FILE",
     )
 
 
