@@ -255,6 +255,8 @@ class Cluster:
         self.ray, self.cores, self.refs = ray, cores or 1, []
         code = {"working_dir": str(ROOT), "excludes": [".git", "/docs", "/runs", "/site", "/.venv"]}
         try:
+            if address != "auto":
+                _reach(address)  # Ray itself would try for minutes
             ray.init(address, runtime_env=code, log_to_driver=False, logging_level="ERROR")
             resources = ray.cluster_resources()
         except Exception as error:  # of many kinds, by what is wrong
@@ -264,8 +266,7 @@ class Cluster:
         if (workers := int(min(share))) < 1:
             raise UserError(f"a run needs {needs}, and the Ray cluster at {address} has {resources}; give less --cores or --memory")
         self.workers, self.gone = workers, False
-        head = address.removeprefix("ray://") if address.startswith("ray://") else ray.get_runtime_context().gcs_address
-        self.head = (head.rsplit(":", 1)[0], int(head.rsplit(":", 1)[1]))
+        self.head = address if address.startswith("ray://") else ray.get_runtime_context().gcs_address
         self.attempt = ray.remote(**needs, max_retries=-1)(attempt)  # retried if its node dies, and only then
 
     def submit(self, job: Job) -> Future:
@@ -275,7 +276,7 @@ class Cluster:
     def check(self) -> None:
         """UserError if the head is gone. Ray would wait a minute for it, and then end this process in its own words."""
         try:
-            socket.create_connection(self.head, timeout=10).close()
+            _reach(self.head)
         except OSError as error:
             self.gone = True
             raise UserError(f"the head of the Ray cluster is gone ({error.strerror or error}); its runs save and end") from error
@@ -288,3 +289,9 @@ class Cluster:
             self.ray.cancel(ref)  # KeyboardInterrupt in `attempt`
         self.ray.wait(self.refs, num_returns=len(self.refs), timeout=GRACE)
         self.ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """OSError or ValueError if nothing answers at HOST:PORT or ray://HOST:PORT."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    socket.create_connection((host, int(port)), timeout=10).close()
