@@ -180,4 +180,5 @@ def _temporary_cache(obstacle: str) -> Path:
     message = "cannot keep compiled tasks and kernels (%s): keeping them in %s; set RL_DATA_ENGINE_CACHE to a folder you can write"
     logging.getLogger(__name__).warning(message, obstacle, folder)
     os.environ["RL_DATA_ENGINE_CACHE"] = str(folder)  # one warning, and one folder for all processes
+    os.environ.setdefault("MPLCONFIGDIR", str(folder / "matplotlib"))  # which has the same trouble, and a line of its own about it
     return folder

@@ -249,12 +249,14 @@ def _changed_file(folder: Path) -> str | None:
     """The first of the packages' files that is not as their records have it."""
     import base64
 
+    prefix = f"{PACKAGE}/assets/"
     for distribution in filter(None, map(_distribution, DISTRIBUTIONS)):
         for file in distribution.files or ():
-            path = Path(distribution.locate_file(file))
-            if file.hash is None or not path.resolve().is_relative_to(folder):
+            name = file.as_posix().removeprefix(prefix)
+            if file.hash is None or name == file.as_posix():
                 continue
+            path = folder / name
             digest = hashlib.new(file.hash.mode, path.read_bytes()).digest() if path.is_file() else b""
             if base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != file.hash.value:
-                return f"{path.resolve().relative_to(folder)} is {'changed' if digest else 'missing'}"
+                return f"{name} is {'changed' if digest else 'missing'}"
     return None

@@ -1,7 +1,7 @@
 """Compiled models on disk. A mesh or texture is most of a model and the same in many: each is kept once, compressed, in a file of its own.
 
-What is read back is the model bit for bit. Meshes' bounding boxes, the larger half of them, are kept as differences from what the
-vertices and the smaller boxes predict.
+What is read back is the model bit for bit. The boxes around meshes' faces, the larger half of them, are kept as differences from what
+vertices and smaller boxes predict.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import copy
 import hashlib
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mujoco
 import numpy as np
 
-from common.cli import atomic_path, cache_dir
+from common.cli import atomic_path, cache_dir, usable_cores
 
 # Arrays of which each mesh has a part, and where that part begins and how long it is.
 MESH_ARRAYS = {
@@ -25,75 +26,59 @@ MESH_ARRAYS = {
     ("mesh_face", "mesh_facenormal", "mesh_facetexcoord"): ("mesh_faceadr", "mesh_facenum"),
     ("bvh_child", "bvh_nodeid", "bvh_depth", "bvh_aabb"): ("mesh_bvhadr", "mesh_bvhnum"),
 }
+BLOCK = 4096  # bytes; of the rest of a model, blocks that are zeros throughout are left out
 
 
 class Damaged(ValueError):
     """What a model needs is missing, or not what was written."""
 
 
-def save(model: mujoco.MjModel) -> tuple[np.ndarray, list[str]]:
-    """Keep a model's meshes and textures; returns the rest as bytes (uint8), in which they are zeros, and the names of their files."""
+def save(model: mujoco.MjModel) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Keep a model's meshes and textures in the cache; returns the rest of it as arrays, and the names of the files."""
     rest = copy.copy(model)
+    _difference(rest)
     names = []
-    for part, zeros in zip(_parts(model), _parts(rest), strict=True):
-        names.append(_keep(_encode(part)))
-        for array in zeros.values():
+    for part in _parts(rest):
+        names.append(_keep(b"".join(map(_planes, part))))
+        for array in part:
             array[...] = 0
-    binary = np.empty(mujoco.mj_sizeModel(rest), np.uint8)
-    mujoco.mj_saveModel(rest, None, binary)
-    return binary, names
+    size = mujoco.mj_sizeModel(rest)
+    binary = np.zeros(-(-size // BLOCK) * BLOCK, np.uint8)
+    mujoco.mj_saveModel(rest, None, binary[:size])
+    blocks = binary.reshape(-1, BLOCK)
+    kept = np.flatnonzero(blocks.any(1))
+    return {"size": np.array(size), "kept": kept, "blocks": blocks[kept]}, names
 
 
-def load(binary: np.ndarray, names: list[str]) -> mujoco.MjModel:
-    """The model that `save` was given. Raises Damaged, or what MuJoCo raises for a damaged binary."""
-    model = mujoco.MjModel.from_binary_path("model.mjb", {"model.mjb": binary.tobytes()})
-    for part, name in zip(_parts(model), names, strict=True):
-        try:
-            content = zlib.decompress(_file(name).read_bytes())
-        except (OSError, zlib.error) as error:
-            raise Damaged(f"{_file(name).name}: {error}") from error
-        if len(content) != sum(array.nbytes for array in part.values()):
-            raise Damaged(f"{_file(name).name} is of another model")
-        _decode(content, part)
+def load(rest: dict[str, np.ndarray], names: list[str]) -> mujoco.MjModel:
+    """The model that `save` was given. Raises Damaged, or what MuJoCo raises for a damaged rest."""
+    blocks = np.zeros((-(-int(rest["size"]) // BLOCK), BLOCK), np.uint8)
+    blocks[rest["kept"]] = rest["blocks"]
+    binary = memoryview(blocks.reshape(-1))[: int(rest["size"])].tobytes()
+    model = mujoco.MjModel.from_binary_path("model.mjb", {"model.mjb": binary})
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for name, content, part in zip(names, pool.map(_read, names), _parts(model), strict=True):
+            if len(content) != sum(array.nbytes for array in part):
+                raise Damaged(f"{name}.z is of another model")
+            begin = 0
+            for array in part:
+                array[...] = _undo_planes(np.frombuffer(content, np.uint8, array.nbytes, begin), array)
+                begin += array.nbytes
+    _undo_difference(model)
     return model
 
 
-def _parts(model: mujoco.MjModel) -> Iterator[dict[str, np.ndarray]]:
-    """For each mesh and each texture its rows of the model's arrays, by name."""
+def _parts(model: mujoco.MjModel) -> Iterator[list[np.ndarray]]:
+    """For each mesh and each texture its rows of the model's arrays."""
     for mesh in range(model.nmesh):
-        part = {}
+        part = []
         for names, (first, count) in MESH_ARRAYS.items():
             begin = max(0, getattr(model, first)[mesh])  # -1: it has none
-            part |= {name: getattr(model, name)[begin : begin + getattr(model, count)[mesh]] for name in names}
+            part += [getattr(model, name)[begin : begin + getattr(model, count)[mesh]] for name in names]
         yield part
     for texture in range(model.ntex):
-        begin, shape = model.tex_adr[texture], (model.tex_height[texture], model.tex_width[texture], model.tex_nchannel[texture])
-        yield {"tex_data": model.tex_data[begin : begin + int(np.prod(shape))]}
-
-
-def _encode(part: dict[str, np.ndarray]) -> bytes:
-    arrays = dict(part)
-    if "bvh_aabb" in part and len(part["bvh_aabb"]):
-        boxes = part["bvh_aabb"].copy()
-        for nodes in _levels(part):
-            boxes[nodes] = (part["bvh_aabb"][nodes].view(np.int64) - _predicted(part, part["bvh_aabb"], nodes).view(np.int64)).view(float)
-        arrays["bvh_aabb"] = boxes
-    return b"".join(_planes(array) for array in arrays.values())
-
-
-def _decode(content: bytes, part: dict[str, np.ndarray]) -> None:
-    """Fill the arrays of `part` with what `_encode` made of them."""
-    begin = 0
-    for array in part.values():
-        raw = np.frombuffer(content, np.uint8, array.nbytes, begin)
-        begin += array.nbytes
-        if array.dtype.kind == "i":  # undo _planes
-            raw = np.ascontiguousarray(raw.reshape(array.itemsize, -1).T)
-        array[...] = raw.view(array.dtype).reshape(array.shape)
-    if "bvh_aabb" in part and len(part["bvh_aabb"]):
-        boxes = part["bvh_aabb"]
-        for nodes in _levels(part):
-            boxes[nodes] = (boxes[nodes].view(np.int64) + _predicted(part, boxes, nodes).view(np.int64)).view(float)
+        begin, size = model.tex_adr[texture], model.tex_height[texture] * model.tex_width[texture] * model.tex_nchannel[texture]
+        yield [model.tex_data[begin : begin + size]]
 
 
 def _planes(array: np.ndarray) -> bytes:
@@ -102,39 +87,81 @@ def _planes(array: np.ndarray) -> bytes:
     return raw.reshape(-1).view(np.uint8).reshape(-1, raw.itemsize).T.tobytes() if raw.dtype.kind == "i" else raw.tobytes()
 
 
-def _levels(part: dict[str, np.ndarray]) -> Iterator[np.ndarray]:
-    """The nodes of a mesh's tree of boxes, those without children first, then such that a node's children come before it."""
-    inner, depth = part["bvh_nodeid"] < 0, part["bvh_depth"]
-    yield np.flatnonzero(~inner)
-    order = np.argsort(-depth[inner], kind="stable")
-    nodes = np.flatnonzero(inner)[order]
-    yield from np.split(nodes, np.flatnonzero(np.diff(depth[nodes])) + 1) if len(nodes) else ()
+def _undo_planes(raw: np.ndarray, like: np.ndarray) -> np.ndarray:
+    if like.dtype.kind == "i":
+        raw = np.ascontiguousarray(raw.reshape(like.itemsize, -1).T)
+    return raw.view(like.dtype).reshape(like.shape)
 
 
-def _predicted(part: dict[str, np.ndarray], boxes: np.ndarray, nodes: np.ndarray) -> np.ndarray:
-    """The boxes (centre, half size) of nodes: around a face's corners, or around the two children's boxes. MuJoCo's own are the same
-    but for rounding: it has the vertices in double precision."""
-    if len(nodes) and part["bvh_nodeid"][nodes[0]] >= 0:
-        corners = part["mesh_vert"].astype(float)[part["mesh_face"][part["bvh_nodeid"][nodes]]]
-        low, high = corners.min(1), corners.max(1)
-    else:
-        children = boxes[part["bvh_child"][nodes]]
-        low, high = (children[..., :3] - children[..., 3:]).min(1), (children[..., :3] + children[..., 3:]).max(1)
-    return np.hstack([(low + high) / 2, (high - low) / 2])
+# ---------------------------------------------------------------------------------------------- boxes
+
+
+def _difference(model: mujoco.MjModel) -> None:
+    """Replace the boxes of meshes by their differences, as integers, from what is predicted."""
+    boxes, whole = model.bvh_aabb.view(np.int64), model.bvh_aabb.copy()
+    for nodes, predicted in _predictions(model, whole):
+        boxes[nodes] -= predicted.view(np.int64)
+
+
+def _undo_difference(model: mujoco.MjModel) -> None:
+    boxes = model.bvh_aabb.view(np.int64)
+    for nodes, predicted in _predictions(model, model.bvh_aabb):
+        boxes[nodes] += predicted.view(np.int64)
+
+
+def _predictions(model: mujoco.MjModel, boxes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Nodes of all meshes' trees, those without children first, then such that a node's children come before it; and a prediction of
+    their boxes (centre, half size): around a face's corners, or around the children's `boxes`, read when the nodes are asked for.
+
+    MuJoCo's own boxes are the same but for rounding: it has the vertices in double precision.
+    """
+    counts = model.mesh_bvhnum
+    mesh = np.repeat(np.arange(model.nmesh), counts)
+    first = model.mesh_bvhadr[mesh]
+    nodes = first + np.arange(len(mesh)) - np.repeat(np.cumsum(counts) - counts, counts)
+    face, depth = model.bvh_nodeid[nodes], model.bvh_depth[nodes]
+    leaf = np.flatnonzero(face >= 0)
+    corners = model.mesh_face[model.mesh_faceadr[mesh[leaf]] + face[leaf]] + model.mesh_vertadr[mesh[leaf], None]
+    a, b, c = (model.mesh_vert[corners[:, i]] for i in range(3))
+    yield nodes[leaf], _box(np.minimum(np.minimum(a, b), c), np.maximum(np.maximum(a, b), c))
+    inner = np.flatnonzero(face < 0)
+    inner = inner[np.argsort(-depth[inner].astype(np.int16), kind="stable")]  # 16 bits: sorted by counting
+    for chosen in np.split(inner, np.flatnonzero(np.diff(depth[inner])) + 1):
+        children = model.bvh_child[nodes[chosen]] + first[chosen, None]
+        a, b = boxes[children[:, 0]], boxes[children[:, 1]]
+        low = np.minimum(a[:, :3] - a[:, 3:], b[:, :3] - b[:, 3:])
+        yield nodes[chosen], _box(low, np.maximum(a[:, :3] + a[:, 3:], b[:, :3] + b[:, 3:]))
+
+
+def _box(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    box = np.empty((len(low), 6))
+    box[:, :3], box[:, 3:] = low, high
+    box[:, :3], box[:, 3:] = (box[:, :3] + box[:, 3:]) / 2, (box[:, 3:] - box[:, :3]) / 2
+    return box
+
+
+# ---------------------------------------------------------------------------------------------- files
 
 
 def _file(name: str) -> Path:
     return cache_dir() / "meshes" / f"{name}.z"
 
 
+def _read(name: str) -> bytes:
+    try:
+        return zlib.decompress(_file(name).read_bytes())
+    except (OSError, zlib.error) as error:
+        raise Damaged(f"{name}.z: {error}") from error
+
+
 def _keep(content: bytes) -> str:
     """Have `content` in a file named after it; one that is there and damaged is replaced."""
     name = hashlib.sha256(content).hexdigest()[:24]
     try:
-        if zlib.decompress(_file(name).read_bytes()) == content:
+        if _read(name) == content:
             return name
-    except (OSError, zlib.error):
+    except Damaged:
         pass
     with atomic_path(_file(name)) as temporary:
-        temporary.write_bytes(zlib.compress(content, 6))
+        temporary.write_bytes(zlib.compress(content, 4))
     return name

@@ -192,7 +192,7 @@ def _load(suite: str, index: int, folder: Path) -> Task:
     path = cache_file(suite, index, folder)
     try:
         return _read_task(path)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, mujoco.FatalError) as error:
+    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error, mujoco.FatalError) as error:
         if path.exists():
             logging.getLogger(__name__).warning("cache entry %s is damaged (%s): building it again", path.name, error)
     # A process of its own, because importing robosuite changes numpy's global generator and more.
@@ -208,7 +208,7 @@ def _load(suite: str, index: int, folder: Path) -> Task:
 def _read_task(path: Path) -> Task:
     with np.load(path, allow_pickle=False) as file:  # a zip archive: every member carries a checksum
         meta = json.loads(file["meta"].tobytes())
-        model = store.load(file["model"], meta.pop("meshes"))
+        model = store.load({name: file[name] for name in ("size", "kept", "blocks")}, meta.pop("meshes"))
         arrays = {name: file[name] for name in ("init_states", "train_states")}
     tuples = lambda values: tuple(tuples(v) if isinstance(v, list) else v for v in values)  # noqa: E731
     read = lambda cls, row: cls(**{k: tuples(v) if isinstance(v, list) else v for k, v in row.items()})  # noqa: E731
@@ -219,7 +219,7 @@ def _read_task(path: Path) -> Task:
 
 
 def write_task(path: Path, task: Task) -> None:
-    binary, meshes = store.save(task.model)
+    rest, meshes = store.save(task.model)
     meta = {f.name: getattr(task, f.name) for f in dataclasses.fields(task) if f.name not in ("model", "init_states", "train_states")}
     meta["goal"] = [dataclasses.asdict(p) for p in task.goal]
     meta["objects"] = [dataclasses.asdict(o) for o in task.objects.values()]
@@ -229,7 +229,7 @@ def write_task(path: Path, task: Task) -> None:
         np.savez_compressed(
             file,
             meta=np.frombuffer(json.dumps(meta).encode(), np.uint8),
-            model=binary,
+            **rest,
             init_states=task.init_states,
             train_states=task.train_states,
         )
