@@ -137,17 +137,6 @@ def test_throughput_of_warp(drawer_task, pixels, monkeypatch):
     assert ("pictures_per_second" in row) == ("pictures/s alone" in head) == pixels
 
 
-def test_frames_of_a_demonstration_lie_beside_each_other(demos, assets, monkeypatch, tmp_path):
-    args = frames.Args([demos], tmp_path / "frames.png", frames=3, size=24, assets=assets)
-    title, picture = frames.strip(demos, args)
-    assert title == "libero_goal/0 open the middle layer of the drawer" and picture.shape == (24, 72, 3)
-    first, last = picture[:, :24], picture[:, 48:]
-    assert (np.abs(first.astype(int) - last) > 20).any()  # the drawer has moved
-    monkeypatch.setattr(sys, "argv", ["frames.py", str(demos), "--out", str(args.out), "--size", "24", "--assets", assets])
-    frames.main()
-    assert args.out.read_bytes()[:4] == b"\x89PNG"
-
-
 def test_recognition_counts_what_a_policy_did_instead(demos, drawer_task, assets, tmp_path, monkeypatch):
     """Demonstrations take the place of others, and of a corpus in which one was commanded as the other pattern."""
     episodes, sources = read_episodes(demos, drawer_task), []
