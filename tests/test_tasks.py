@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import shutil
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from common.cli import UserError
+from common.demos.cache import cache_file as kept_file
 from common.libero import load_task, original, store, tasks
 from common.libero.assets import find_assets
 from common.libero.original import official_init_states
@@ -157,6 +159,11 @@ def test_what_the_key_covers(assets, tmp_path, monkeypatch):
     monkeypatch.setattr(tasks.mujoco, "__version__", "3.3.7")
     keys.append(tasks.cache_file("libero_goal", 7, folder))
     assert len(set(keys)) == 5
+
+
+def test_demonstrations_are_kept_for_one_bddl_text(standin_task):
+    edited = dataclasses.replace(standin_task, bddl=standin_task.bddl + "\n")
+    assert kept_file(standin_task, "demos", "hdf5") != kept_file(edited, "demos", "hdf5")
 
 
 def test_cached_task_needs_no_libero(assets):
