@@ -35,8 +35,8 @@ def corpus(drawer_task, ends, tmp_path):
     return path
 
 
-def test_images_show_the_states_after_the_actions(corpus, drawer_task, ends, assets):
-    add_images(corpus, size=32, assets=assets)
+def test_images_show_the_states_after_the_actions(corpus, drawer_task, ends):
+    add_images(corpus, size=32)  # on the assets that the file names
     assert check_file(corpus, drawer_task) == []
     nq = drawer_task.model.nq
     camera = renderers.make_renderer(drawer_task.model, width=32, height=32)
