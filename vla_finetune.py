@@ -41,7 +41,7 @@ from common.runs import Progress, load_checkpoint, make_run, resumed_args, save_
 from common.suites import expand
 from common.video import write_video
 from common.vla_model import HEADS, SIZES, VLA, crop_side, load_model, save_model
-from common.vla_training import Batches, Log, ReadError, autocast, distributed, find_device, rank, shared_folder, world_size
+from common.vla_training import Batches, Log, ReadError, autocast, distributed, find_device, keep_memory, rank, shared_folder, world_size
 
 
 @dataclasses.dataclass
@@ -239,7 +239,7 @@ def train(args: Args, model: VLA, training: list[Corpus], validation: list[Corpu
     average = copy.deepcopy(model).requires_grad_(False).eval()
     decayed = [p for p in model.parameters() if p.ndim >= 2]  # matrices; not biases, gains and what there is one of
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": [p for p in model.parameters() if p.ndim < 2]}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     step, seconds, results = 0, 0.0, {}  # results: of the last validation, and the speed
     corpora = vla_data.fingerprint(training + validation)
     if (run / "checkpoint.pt").exists():
@@ -450,6 +450,7 @@ def main() -> None:
         args = resumed_args(run, "vla_finetune", Args)
     validate(args)
     torch.set_num_threads(args.torch_threads)
+    keep_memory()
     torch.set_float32_matmul_precision("high")
     device = find_device(args.device, args.compile)
     args = dataclasses.replace(args, backend=rollout.choose_devices(args).backend)

@@ -31,7 +31,7 @@ from common.data import vla as vla_data
 from common.data.vla import Chunks, Corpus
 from common.runs import load_checkpoint, make_run, resumed_args, save_checkpoint, versions, write_json
 from common.vla_model import HEADS, SIZES, VLA, crop_side, save_model
-from common.vla_training import Batches, Log, ReadError, autocast, distributed, find_device, rank, shared_folder, world_size
+from common.vla_training import Batches, Log, ReadError, autocast, distributed, find_device, keep_memory, rank, shared_folder, world_size
 
 
 @dataclasses.dataclass
@@ -150,7 +150,7 @@ def train(args: Args, model: VLA, training: list[Corpus], validation: list[Corpu
     average = copy.deepcopy(model).requires_grad_(False).eval()
     decayed = [p for p in model.parameters() if p.ndim >= 2]  # matrices; not biases, gains and what there is one of
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": [p for p in model.parameters() if p.ndim < 2]}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     step, seconds, results = 0, 0.0, {}  # results: of the last validation, and the speed
     corpora = vla_data.fingerprint(training + validation)
     if (run / "checkpoint.pt").exists():
@@ -225,6 +225,7 @@ def main() -> None:
         args = resumed_args(run, "vla_pretrain", Args)
     validate(args)
     torch.set_num_threads(args.torch_threads)
+    keep_memory()
     device = find_device(args.device, args.compile)
     corpora = vla_data.read_corpora(args.data, args.max_episodes, args.seed, args.filter_key, args.drop_no_ops)
     training, validation = vla_data.split(corpora, args.val_fraction, args.seed)

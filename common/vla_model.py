@@ -45,6 +45,17 @@ SIZES = {
 MAX_BYTES = 256  # of an instruction
 
 
+def attention(q, k, v, keep=None, causal=False):
+    """softmax(q k^T / sqrt(d)) v: q (B, heads, N, d), k and v (B, heads, M, d), keep (B, M) bool -> (B, heads, N, d)."""
+    keep = None if keep is None else keep[:, None, None, :]
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=keep, is_causal=causal)
+    scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)  # on CPUs, and so few tokens, faster than the fused kernel
+    if causal:
+        keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    return (scores if keep is None else scores.masked_fill(~keep, -math.inf)).softmax(-1).to(v.dtype) @ v
+
+
 class Attention(nn.Module):
     """Multi-head attention of tokens to themselves, or to a context."""
 
@@ -68,9 +79,7 @@ class Attention(nn.Module):
                 if self in cache:
                     k, v = torch.cat([cache[self][0], k], dim=2), torch.cat([cache[self][1], v], dim=2)
                 cache[self] = k, v
-        mask = None if keep is None else keep[:, None, None, :]
-        y = F.scaled_dot_product_attention(heads(self.q(x)), k, v, attn_mask=mask, is_causal=causal)
-        return self.out(y.transpose(1, 2).flatten(2))
+        return self.out(attention(heads(self.q(x)), k, v, keep, causal).transpose(1, 2).flatten(2))
 
 
 class Layer(nn.Module):
@@ -103,7 +112,7 @@ class ResidualBlock(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Convolutions down to 1/16 of the resolution: pictures (N, 3, S, S) in [0, 1] -> tokens (N, ceil(S / 16)^2, width)."""
+    """Convolutions down to 1/16 of the resolution: pictures (N, 3, S, S) uint8 -> tokens (N, ceil(S / 16)^2, width)."""
 
     def __init__(self, side: int, size: Size):
         super().__init__()
@@ -112,12 +121,12 @@ class ImageEncoder(nn.Module):
             layers += [nn.Conv2d(before, channels, 3, stride=2, padding=1)]
             layers += [ResidualBlock(channels) for _ in range(blocks)]
             layers += [nn.GroupNorm(channels // 16, channels), nn.SiLU()]
-        self.net = nn.Sequential(*layers)
+        self.net = nn.Sequential(*layers).to(memory_format=torch.channels_last)  # as pictures are stored
         self.project = nn.Linear(size.channels[-1], size.width)
         self.position = nn.Parameter(0.02 * torch.randn(math.ceil(side / 16) ** 2, size.width))
 
     def forward(self, pictures):
-        x = self.net(2 * pictures - 1).flatten(2).transpose(1, 2)  # (N, tokens, channels)
+        x = self.net(pictures.float().div_(127.5).sub_(1)).flatten(2).transpose(1, 2)  # (N, tokens, channels)
         return self.project(x) + self.position
 
 
@@ -179,7 +188,7 @@ class PretrainedImageEncoder(nn.Module):
         self.project = nn.Linear(channels, size.width)
 
     def forward(self, pictures):
-        x = F.interpolate(pictures, (self.side, self.side), mode="bilinear", antialias=True)
+        x = F.interpolate(pictures / 255.0, (self.side, self.side), mode="bilinear", antialias=True)
         x = self.net(pixel_values=(x - self.image_mean) / self.image_std).last_hidden_state
         return self.project(x.flatten(2).transpose(1, 2) if x.ndim == 4 else x)
 
@@ -337,8 +346,8 @@ class VLA(nn.Module):
         images (B, cameras, H, W, 3) uint8, row 0 the top; offsets (B, cameras, 2): the crops' upper left corners; proprio (B, 8);
         tokens: of U different instructions, instruction (B,): which one.
         """
-        images = crop_images(images.flatten(0, 1), offsets.flatten(0, 1), self.config["crop"])  # (B * cameras, S, S, 3)
-        pictures = self.vision(images.permute(0, 3, 1, 2) / 255.0).unflatten(0, offsets.shape[:2]) + self.camera
+        pictures = crop_images(images.flatten(0, 1), offsets.flatten(0, 1), self.config["crop"])  # (B * cameras, 3, S, S)
+        pictures = self.vision(pictures).unflatten(0, offsets.shape[:2]) + self.camera
         state = self.proprio(((proprio - self.proprio_mean) / self.proprio_std).clamp(-10, 10))
         x = torch.cat([self.text(tokens)[instruction][:, None], state[:, None], pictures.flatten(1, 2)], dim=1)
         for layer in self.trunk:
@@ -367,12 +376,9 @@ class VLA(nn.Module):
 
 
 def crop_images(images: torch.Tensor, offsets: torch.Tensor, side: int) -> torch.Tensor:
-    """(N, H, W, 3) and each one's upper left corner (N, 2) -> (N, side, side, 3)."""
-    if images.shape[1] == side:
-        return images
-    span = torch.arange(side, device=images.device)
-    rows, columns = offsets[:, 0, None] + span, offsets[:, 1, None] + span
-    return images[torch.arange(len(images), device=images.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    """(N, H, W, 3) and each one's upper left corner (N, 2) -> (N, 3, side, side), the channels last in memory."""
+    windows = images.unfold(1, side, 1).unfold(2, side, 1)  # a view, (N, rows, columns, 3, side, side)
+    return windows[torch.arange(len(images), device=images.device), offsets[:, 0], offsets[:, 1]]
 
 
 def crop_side(share: float, image_size: int) -> int:

@@ -6,6 +6,7 @@ The algorithm itself, the loop over steps, stands in vla_pretrain.py and in vla_
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import os
 import time
@@ -59,8 +60,17 @@ def shared_folder(folder: Path | None) -> Path:
 
 
 def autocast(device: torch.device):
-    """bfloat16 where the hardware is made for it."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+    """bfloat16 where the hardware multiplies it: on GPUs, and on CPUs with AMX or AVX512-BF16."""
+    cpu = torch.cpu.get_capabilities()
+    possible = device.type == "cuda" or cpu.get("amx_bf16") or cpu.get("avx512_bf16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=bool(possible))
+
+
+def keep_memory() -> None:
+    """Let the C library keep what is freed instead of handing it back: the same large tensors come and go in every step."""
+    with contextlib.suppress(OSError, AttributeError):  # glibc's alone
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(parameter, 2**30)
 
 
 # ---------------------------------------------------------------------------------------------- batches
@@ -121,7 +131,7 @@ class Batches:
         numbers = self._draws(2**40 - 1, len(rows))
         for first in range(0, len(rows), self.part_size):
             part = slice(first, first + self.part_size)
-            yield self._prepare(torch.utils.data.default_collate([self.chunks[i] for i in rows[part]]), numbers, part)
+            yield self._prepare(self.chunks[rows[part]], numbers, part)
 
     def _draws(self, step: int, size: int) -> dict[str, torch.Tensor]:
         config = self.model.config
@@ -161,7 +171,8 @@ class Log:
         self.progress.say(f"{parameters:.1f} M parameters, {model.device}, {len(batches.chunks)} training samples")
         self.flops = count_flops(batches)
         self.progress.stage("train", steps, step)
-        self.since, self.done, self.note = time.time(), step, ""
+        self.since, self.done = time.time(), step  # speed is measured from here on
+        self.noted, self.note = 0.0, ""
 
     def step(self, step: int, loss: torch.Tensor, norm: torch.Tensor, rate: float) -> None:
         """`step` steps are done, the last of which had this loss, norm of the gradient and learning rate.
@@ -170,21 +181,23 @@ class Log:
         """
         if self.silent:
             return
-        if step % 50 == 0 or step % self.batches.args.checkpoint_interval == 0 or step == self.steps:
-            if not math.isfinite(loss):
-                lr = self.batches.args.lr
-                raise UserError(f"the loss is {loss.item()} at step {step}; start again with a smaller --lr than {lr}")
-            seconds = time.time() - self.since
-            speed = (step - self.done) * self.batches.args.batch_size / seconds
-            self.results |= {"samples_per_second": speed, "tflops_per_second": speed * self.flops / 1e12}
-            charts = {"losses/train": loss.item(), "losses/grad_norm": norm.item(), "charts/learning_rate": rate}
-            charts |= {f"charts/{name}": value for name, value in self.results.items() if "per_second" in name}
-            charts |= {"charts/epoch": step / self.batches.order.steps_per_epoch, "charts/data_wait": self.batches.waited / seconds}
-            for name, value in charts.items():
-                self.writer.add_scalar(name, value, step)
+        args, seconds = self.batches.args, time.time() - self.since
+        speed = (step - self.done) * args.batch_size / seconds
+        if time.time() - self.noted >= self.progress.interval:
             self.note = f"loss {loss.item():.3f}  {speed:.0f} samples/s  {speed * self.flops / 1e12:.3g} TFLOP/s"
-            self.since, self.done, self.batches.waited = time.time(), step, 0.0
+            self.noted = time.time()
         self.progress.update(1, self.note)
+        if step % 50 and step % args.checkpoint_interval and step < self.steps:
+            return
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss.item()} at step {step}; start again with a smaller --lr than {args.lr}")
+        self.results |= {"samples_per_second": speed, "tflops_per_second": speed * self.flops / 1e12}
+        charts = {"losses/train": loss.item(), "losses/grad_norm": norm.item(), "charts/learning_rate": rate}
+        charts |= {f"charts/{name}": value for name, value in self.results.items() if "per_second" in name}
+        charts |= {"charts/epoch": step / self.batches.order.steps_per_epoch, "charts/data_wait": self.batches.waited / seconds}
+        for name, value in charts.items():
+            self.writer.add_scalar(name, value, step)
+        self.since, self.done, self.batches.waited = time.time(), step, 0.0
 
     def validate(self, step: int) -> None:
         """Loss and action error of the averaged weights on at most 256 held-out samples, always the same."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -79,7 +80,7 @@ def test_a_sample_is_what_was_seen_and_what_followed(corpus, drawer_task):
     first = 0
     for e in episodes[:2]:
         for t in (1, 7, e.length - 1):
-            sample = chunks[first + t - 1]
+            sample = {name: value[0] for name, value in chunks[[first + t - 1]].items()}
             seen = camera.render(e.states[t : t + 1, 1 : 1 + drawer_task.model.nq])  # what evaluation renders in that state
             np.testing.assert_array_equal(sample["images"][0], seen["agentview"][0])
             np.testing.assert_array_equal(sample["images"][1], seen["robot0_eye_in_hand"][0])
@@ -137,7 +138,7 @@ def test_crop_is_a_slice():
     offsets = torch.tensor([[0, 0], [2, 1], [1, 2]])
     found = crop_images(images, offsets, 7)
     for image, (i, j), x in zip(images, offsets, found, strict=True):
-        assert torch.equal(x, image[i : i + 7, j : j + 7])
+        assert torch.equal(x.permute(1, 2, 0), image[i : i + 7, j : j + 7])
 
 
 # ---------------------------------------------------------------------------------------------- the action heads
@@ -224,7 +225,7 @@ def test_padding_has_no_say(corpus, head):
     model = micro_model(read_corpora([corpus]), head)
     torch.nn.init.normal_(model.head.out.weight)
     chunks = Chunks(read_corpora([corpus]), 4)
-    batch = torch.utils.data.default_collate([chunks[i] for i in range(5)])
+    batch = chunks[range(5)]
     batch |= draws(0, 0, 5, 4, 2) | {"tokens": model.text.tokenize(chunks.instructions)}
     batch["mask"][:, 2:] = 0
     loss = model(batch)
@@ -241,7 +242,7 @@ def test_padding_has_no_say(corpus, head):
 def test_one_batch_can_be_learned_by_heart(corpus, head):
     corpora = read_corpora([corpus])
     model, chunks = micro_model(corpora, head), Chunks(corpora, 4)
-    batch = torch.utils.data.default_collate([chunks[i] for i in range(0, len(chunks), len(chunks) // 3)])
+    batch = chunks[range(0, len(chunks), len(chunks) // 3)]
     size, tokens = len(batch["mask"]), model.text.tokenize(chunks.instructions)
     middle = torch.ones(size, 2, 2, dtype=torch.long)
     targets = 2 * (batch["actions"] - model.action_low) / (model.action_high - model.action_low) - 1
@@ -329,7 +330,8 @@ def test_resume_is_exact(corpus, tmp_path, monkeypatch, step):
         train(micro_args(), micro_model(training), training, [], 6, tmp_path / "part", {})
 
 
-def test_accumulation_is_the_whole_batch(corpus, tmp_path):
+def test_accumulation_is_the_whole_batch(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(vla_pretrain, "autocast", lambda device: contextlib.nullcontext())  # whose rounding Adam's first steps blow up
     start = micro_model(vla_data.split(read_corpora([corpus]), 0.2, 1)[0]).state_dict()
     whole = run_training(corpus, tmp_path / "a", steps=4, ema=0.0)
     parts = run_training(corpus, tmp_path / "b", steps=4, ema=0.0, accumulate=4)
@@ -380,7 +382,7 @@ def test_two_processes_train_as_one(corpus, flags, tmp_path, monkeypatch):
     start = VLA("flow", "tiny", 4, 32, 30)
     trained, expected = (load_model(folder)[0].state_dict() for folder in (run, alone))
     state = start.state_dict() | {name: expected[name] for name in ("proprio_mean", "proprio_std", "action_low", "action_high")}
-    assert relative(trained, expected, state) < 0.02
+    assert relative(trained, expected, state) < 0.05  # in bfloat16, where the CPU has it
 
 
 def test_what_a_run_leaves_behind(flags, tmp_path, monkeypatch, corpus, drawer_task):
@@ -490,10 +492,10 @@ def test_a_killed_reader(corpus, tmp_path, monkeypatch):
     whole = run_training(corpus, tmp_path / "whole", steps=8)
     read = Chunks.__getitem__
 
-    def killed(self, index):
-        if os.getpid() != parent and calls.append(index) is None and len(calls) > 30:
+    def killed(self, rows):
+        if os.getpid() != parent and calls.append(rows) is None and len(calls) > 3:
             os.kill(os.getpid(), signal.SIGKILL)
-        return read(self, index)
+        return read(self, rows)
 
     parent, calls = os.getpid(), []
     with monkeypatch.context() as patch, pytest.raises(UserError, match="was killed .*--resume"):

@@ -7,6 +7,7 @@ as OpenVLA regenerates them hold what was seen BEFORE each action: there it is t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -151,23 +152,33 @@ def samples(corpus: Corpus) -> list[int]:
 
 
 class Chunks(Dataset):
-    """Samples of corpora, read from their files one by one, in any process: memory does not grow with the corpus.
+    """Samples of corpora. Pictures are read when they are needed, in any process; the rest, 60 bytes a step, is kept in memory.
 
-    A sample: images (2, H, W, 3) uint8, row 0 the top; proprio (8,) float32; actions (chunk, 7) float32, 0 after the episode's end;
-    mask (chunk,) float32, 1 where there is an action; instruction, an index into `instructions`.
+    Samples `chunks[indices]` come as a batch: images (B, 2, H, W, 3) uint8, row 0 the top; proprio (B, 8) float32; actions
+    (B, chunk, 7) float32, 0 after the episode's end; mask (B, chunk) float32, 1 where there is an action; instruction (B,) int64, an
+    index into `instructions`.
     """
 
     def __init__(self, corpora: Sequence[Corpus], chunk: int):
+        """Raises UserError if a file is damaged."""
         self.corpora, self.chunk = list(corpora), chunk
         self.instructions = sorted({c.language for c in corpora})
         self.instruction_of = [self.instructions.index(c.language) for c in corpora]
         self.episodes = [(c, name) for c, corpus in enumerate(corpora) for name in corpus.demos]
-        self.rows = [rows for corpus in corpora for rows in corpus.rows]
+        self.rows = [rows[rows >= corpus.lag] for corpus in corpora for rows in corpus.rows]  # the steps before which something was seen
         counts = [samples(corpus) for corpus in corpora]
         self.starts = np.cumsum([0, *(n for each in counts for n in each)])
         self.sizes = [sum(each) for each in counts]  # samples of each corpus
+        self.proprio, self.actions = [], []  # of each episode, (T, 8) and (T, 7)
         self._files: dict[str, h5py.File] = {}
         self._process = 0
+        for corpus in corpora:
+            with opened(corpus.path) as file:
+                for name in corpus.demos:
+                    with _reading(corpus, name):
+                        demo = file[f"data/{name}"]
+                        self.proprio.append(np.concatenate([proprioception(demo["obs"], key) for key in PROPRIO], 1).astype(np.float32))
+                        self.actions.append(corpus.file.commands(demo["actions"][()]).astype(np.float32))
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -175,28 +186,25 @@ class Chunks(Dataset):
     def __getstate__(self) -> dict:
         return vars(self) | {"_files": {}, "_process": 0}
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        episode = int(np.searchsorted(self.starts, index, side="right")) - 1
-        number, name = self.episodes[episode]
-        corpus, rows = self.corpora[number], self.rows[episode]
-        rows = rows[rows >= corpus.lag][index - self.starts[episode] :][: self.chunk]  # the steps whose actions these are
-        try:
-            demo = self._open(corpus.path)[f"data/{name}"]
-            obs, seen = demo["obs"], rows[0] - corpus.lag
-            images = np.stack([obs[camera][seen] for camera in CAMERAS])
-            proprio = np.concatenate([proprioception(obs, key, seen) for key in PROPRIO])
-            found = corpus.file.commands(demo["actions"][rows[0] : rows[-1] + 1])[rows - rows[0]]
-        except DAMAGE as error:
-            raise UserError(f"{corpus.path}: {name} is {unreadable(error)}") from None
-        actions, mask = np.zeros((self.chunk, ACTION_SIZE), np.float32), np.zeros(self.chunk, np.float32)
-        actions[: len(found)], mask[: len(found)] = found, 1
-        return {
-            "images": torch.from_numpy(np.ascontiguousarray(images[:, ::-1]) if corpus.file.flip else images),
-            "proprio": torch.from_numpy(proprio.astype(np.float32)),
-            "actions": torch.from_numpy(actions),
-            "mask": torch.from_numpy(mask),
-            "instruction": torch.tensor(self.instruction_of[number]),
-        }
+    def __getitem__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        count, side = len(indices), self.corpora[0].image_size
+        images, proprio = np.empty((count, len(CAMERAS), side, side, 3), np.uint8), np.empty((count, PROPRIO_SIZE), np.float32)
+        actions, mask = np.zeros((count, self.chunk, ACTION_SIZE), np.float32), np.zeros((count, self.chunk), np.float32)
+        instruction = np.empty(count, np.int64)
+        for i, index in enumerate(indices):
+            episode = int(np.searchsorted(self.starts, index, side="right")) - 1
+            number, name = self.episodes[episode]
+            corpus = self.corpora[number]
+            rows = self.rows[episode][index - self.starts[episode] :][: self.chunk]  # the steps whose actions these are
+            seen = rows[0] - corpus.lag
+            with _reading(corpus, name):
+                for camera, stored in enumerate(CAMERAS):
+                    picture = self._open(corpus.path)[f"data/{name}/obs/{stored}"][seen]
+                    images[i, camera] = picture[::-1] if corpus.file.flip else picture
+            actions[i, : len(rows)], mask[i, : len(rows)] = self.actions[episode][rows], 1
+            proprio[i], instruction[i] = self.proprio[episode][seen], self.instruction_of[number]
+        batch = {"images": images, "proprio": proprio, "actions": actions, "mask": mask, "instruction": instruction}
+        return {name: torch.from_numpy(value) for name, value in batch.items()}
 
     def _open(self, path: str) -> h5py.File:
         if self._process != os.getpid():  # HDF5 files must not be shared over a fork
@@ -209,26 +217,27 @@ class Chunks(Dataset):
         return self._files[path]
 
     def statistics(self) -> dict[str, list[float]]:
-        """Mean and standard deviation of the proprioception, 1 % and 99 % quantiles of the actions; one episode in memory at a time."""
+        """Mean and standard deviation of the proprioception, 1 % and 99 % quantiles of the actions."""
         edges = np.linspace(-1, 1, 2001)
-        counts, total = np.zeros((ACTION_SIZE, 2000)), 0
-        mean, square = np.zeros(PROPRIO_SIZE), np.zeros(PROPRIO_SIZE)
-        for (number, name), rows in zip(self.episodes, self.rows, strict=True):
-            corpus = self.corpora[number]
-            with opened(corpus.path) as file:
-                demo = file[f"data/{name}"]
-                proprio = np.concatenate([proprioception(demo["obs"], key) for key in PROPRIO], axis=1)[rows]
-                actions = corpus.file.commands(demo["actions"][()])[rows]
-            counts += [np.histogram(column, edges)[0] for column in actions.T]
-            mean, square, total = mean + proprio.sum(0), square + (proprio**2).sum(0), total + len(proprio)
-        mean, square = mean / total, square / total
-        below = np.cumsum(counts, axis=1) / total
+        taken = [rows for corpus in self.corpora for rows in corpus.rows]
+        proprio = np.concatenate([x[rows] for x, rows in zip(self.proprio, taken, strict=True)]).astype(np.float64)
+        actions = np.concatenate([x[rows] for x, rows in zip(self.actions, taken, strict=True)])
+        below = np.cumsum([np.histogram(column, edges)[0] for column in actions.T], axis=1) / len(actions)
         return {
-            "proprio_mean": mean.tolist(),
-            "proprio_std": np.sqrt(np.maximum(square - mean**2, 0)).tolist(),
+            "proprio_mean": proprio.mean(0).tolist(),
+            "proprio_std": proprio.std(0).tolist(),
             "action_low": [float(edges[np.searchsorted(row, 0.01)]) for row in below],
             "action_high": [float(edges[np.searchsorted(row, 0.99) + 1]) for row in below],
         }
+
+
+@contextlib.contextmanager
+def _reading(corpus: Corpus, name: str) -> Iterator[None]:
+    """What goes wrong in reading an episode becomes a UserError."""
+    try:
+        yield
+    except DAMAGE as error:
+        raise UserError(f"{corpus.path}: {name} is {unreadable(error)}") from None
 
 
 class Order:
@@ -264,7 +273,7 @@ def batches(chunks: Chunks, order: Order, steps: range, parts: Sequence[slice], 
     Raises UserError if a file is found damaged, or a worker dies.
     """
     sampler = (order.batch(step)[part].tolist() for step in steps for part in parts)
-    loader = DataLoader(chunks, batch_sampler=_Sized(sampler), num_workers=num_workers, pin_memory=pin)
+    loader = DataLoader(chunks, batch_size=None, sampler=_Sized(sampler), num_workers=num_workers, pin_memory=pin)
     try:
         yield from loader
     except UserError as error:  # from a worker it comes with that worker's traceback
