@@ -16,99 +16,66 @@ import copy
 import dataclasses
 import json
 import math
-import time
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import tyro
 from gymnasium.vector import AutoresetMode
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import rollout
-from common.cli import UserError, run_command
+from common.cli import Count, NotNegative, Positive, PositiveOrInf, Range, UserError, run_command
 from common.data import vla as vla_data
 from common.data.vla import ACTION_SIZE, CAMERAS, PROPRIO, Chunks, Corpus, Order
 from common.libero import Task, load_task, make_env
 from common.libero.assets import assets_like
-from common.libero.renderers import RENDERERS, Renderer, available, make_renderer
+from common.libero.renderers import Renderer, available, make_renderer
 from common.libero.step import NO_OP
 from common.metrics import wilson_interval
-from common.runs import Progress, load_checkpoint, make_run, resumed_args, save_checkpoint, versions, write_json
+from common.runs import Progress, versions, write_json
 from common.suites import expand
 from common.video import write_video
-from common.vla_model import HEADS, SIZES, VLA, crop_side, load_model, save_model
-from common.vla_training import Batches, Log, ReadError, autocast, distributed, find_device, keep_memory, rank, shared_folder, world_size
+from common.vla_model import VLA, crop_side, digest, load_model, save_model
+from common.vla_training import Batches, Log, ReadError, SharedRun, TrainingArgs, autocast, distributed, prepare, rank, world_size
 
 
 @dataclasses.dataclass
-class Args:
+class Args(TrainingArgs):
     """Fine-tune a vision-language-action model on demonstrations, and evaluate it in the simulator."""
 
     checkpoint: str | None = None
     """run folder or model.pt of vla_pretrain.py or of this script (default: none, a fresh model)"""
-    data: list[str] = dataclasses.field(default_factory=list)
-    """HDF5 files in LIBERO's layout with pictures (python -m common.libero.render adds them)"""
-    weights: list[float] = dataclasses.field(default_factory=list)
-    """how often an epoch shows each file's samples, one number a file in the order of --data (default: once)"""
-    filter_key: str | None = None
-    """of files with robomimic's filter keys, only the demonstrations that mask/KEY names"""
-    drop_no_ops: bool = False
-    """leave out steps that neither move the hand nor the gripper, of which human demonstrations have many"""
-    max_episodes: int | None = None
-    """at most so many episodes of each file, drawn at random: to compare sources at equal size"""
-    val_fraction: float = 0.05
-    """share of each file's episodes that is held out for validation"""
-    seed: int = 1
-    """seed of everything that is random"""
-    resume: str | None = None
-    """go on with the run in this folder, exactly where its last checkpoint left it"""
-    run_folder: str = "runs"
-    """where runs are written"""
-    device: str = "auto"
-    """auto (CUDA, if there is a GPU), cpu or cuda"""
-    compile: bool = False
-    """compile the model (CUDA)"""
-    torch_threads: int = 2
-    """threads on a CPU (results are reproducible for a fixed number)"""
-    num_workers: int = 1
-    """processes that read the files, each rank its own; 0: read between steps"""
-    checkpoint_interval: int = 500
-    """steps between checkpoints: what a kill can lose at most"""
-    eval_interval: int = 500
-    """steps between validations"""
 
     # Optimisation
-    epochs: float = 2.5
+    epochs: Annotated[float, Range(above=0)] = 2.5
     """passes over --data"""
-    batch_size: int = 64
+    batch_size: Count = 64
     """samples a step, of all ranks together"""
-    accumulate: int = 1
-    """parts that each rank's share of a batch is cut into, where memory is short; the gradient is that of the whole batch"""
-    lr: float = 5e-4
+    lr: Positive = 5e-4
     """learning rate, reached after the warm-up; from there it follows a cosine to zero"""
-    warmup: int = 20
+    warmup: Annotated[int, Range(0)] = 20
     """steps of linear warm-up"""
-    weight_decay: float = 0.01
+    weight_decay: NotNegative = 0.01
     """of AdamW, on matrices"""
-    max_grad_norm: float = 1.0
+    max_grad_norm: PositiveOrInf = 1.0
     """gradients are clipped to this norm"""
-    ema: float = 0.99
+    ema: Annotated[float, Range(0, below=1)] = 0.99
     """decay of the moving average of the weights, which is what is validated, kept and evaluated"""
-    flow_draws: int = 4
+    flow_draws: Count = 4
     """draws of noise and time for each chunk (flow): the pictures, which cost most, are encoded once for all of them"""
 
     # Model; with --checkpoint these are the checkpoint's, and another value is an error
-    head: str | None = None
+    head: Literal["flow", "tokens"] | None = None
     """flow (default) or tokens"""
-    size: str | None = None
+    size: Literal["tiny", "small", "base"] | None = None
     """tiny (default), small or base"""
-    chunk: int | None = None
+    chunk: Count | None = None
     """actions predicted at once (default 8)"""
-    crop: float | None = None
+    crop: Annotated[float, Range(0.5, 1)] | None = None
     """side of the random crop as a share of the picture's (default 0.94); evaluation takes the centre"""
     vision: str | None = None
     """a pretrained image encoder: Hugging Face model id or local folder"""
@@ -120,62 +87,28 @@ class Args:
     """suites and tasks to evaluate on (default: the tasks of --data, else those that the checkpoint was trained on)"""
     eval_only: bool = False
     """no training: evaluate --checkpoint as it is"""
-    trials: int = 50
-    """episodes a task, one from each official init state (at most 50)"""
-    replan: int = 8
+    trials: Annotated[int, Range(1, 50)] = 50
+    """episodes a task, one from each official init state"""
+    replan: Count = 8
     """actions of a chunk that are executed before the next one is predicted"""
-    num_envs: int = 16
+    num_envs: Count = 16
     """parallel environments"""
-    videos: int = 1
+    videos: Annotated[int, Range(0)] = 1
     """videos of successes and as many of failures, a task"""
     backend: Literal["auto", "cpu", "warp"] = "auto"
     """simulator: cpu (all cores), warp (MuJoCo Warp on --device) or auto (warp on a GPU from 256 environments on)"""
-    renderer: str | None = None
-    """warp or gl (default: the one of the training pictures)"""
+    renderer: Literal["warp", "gl"] | None = None
+    """what draws the pictures (default: what drew those of the training)"""
     assets: str | None = None
     """a folder, libero (its own or none) or standin (default: those that the files were made on)"""
-    allow_mismatch: bool = False
-    """evaluate although renderer, assets or MuJoCo are not those of the training data"""
 
-
-def validate(args: Args) -> None:
-    """Refuse flag values that cannot work, before anything has begun."""
-    rules = [
-        (lambda v: v >= 1, "at least 1", "torch_threads checkpoint_interval eval_interval batch_size accumulate flow_draws"),
-        (lambda v: v >= 1, "at least 1", "steps chunk max_episodes"),
-        (lambda v: 0 < v < math.inf, "more than 0", "lr max_grad_norm"),
-        (lambda v: 0 <= v < math.inf, "at least 0", "seed num_workers warmup weight_decay"),
-        (lambda v: 0 <= v < 1, "at least 0 and less than 1", "ema val_fraction"),
-        (lambda v: 0.5 <= v <= 1, "between 0.5 and 1", "crop"),
-        (lambda v: v in ("auto", "cpu", "cuda"), "auto, cpu or cuda", "device"),
-        (lambda v: v in HEADS, " or ".join(HEADS), "head"),
-        (lambda v: v in SIZES, ", ".join(SIZES), "size"),
-    ]
-    for holds, wanted, names in rules:
-        for name in names.split():
-            value = getattr(args, name, None)
-            if value is not None and not holds(value):
-                raise UserError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
-    if args.weights and len(args.weights) != len(args.data):
-        raise UserError(f"--weights needs one number for each of the {len(args.data)} files of --data, not {len(args.weights)}")
-    if any(not 0 <= w < math.inf for w in args.weights) or (args.weights and not any(args.weights)):
-        raise UserError("--weights must be at least 0, and one of them more")
-    if args.batch_size % (world_size() * args.accumulate):
-        parts = f"{world_size()} processes x --accumulate {args.accumulate}"
-        raise UserError(f"--batch-size {args.batch_size} cannot be cut into equal parts for {parts}")
-    for name in ("trials", "replan", "num_envs"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if args.trials > 50:
-        raise UserError(f"--trials must be at most 50, the number of official init states, not {args.trials}")
-    if args.videos < 0 or not 0 < args.epochs < 1000:
-        raise UserError("--videos must be at least 0, --epochs more than 0")
-    if args.renderer not in (None, *RENDERERS):
-        raise UserError(f"--renderer must be {' or '.join(RENDERERS)}, not {args.renderer}")
-    if args.eval_only and not args.checkpoint:
-        raise UserError("--eval-only needs the --checkpoint to evaluate")
-    if args.eval_only and args.data:
-        raise UserError("--eval-only does not train, so it takes no --data; name what to evaluate on with --tasks")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.checkpoint = self.checkpoint and str(Path(self.checkpoint).absolute())
+        if self.eval_only and not self.checkpoint:
+            raise UserError("--eval-only needs the --checkpoint to evaluate")
+        if self.eval_only and self.data:
+            raise UserError("--eval-only does not train, so it takes no --data; name what to evaluate on with --tasks")
 
 
 def make_model(args: Args, image_size: int | None) -> tuple[VLA, dict]:
@@ -210,6 +143,7 @@ def check_match(meta: dict, task: Task, renderer: str, allow: bool, say: Callabl
         "renderer": ({meta["renderer"]}, renderer),
         "assets": ({meta["assets"]}, task.image_assets),
         "mujoco": (recorded, versions()["mujoco"]),
+        "instruction": ({corpus["language"] for corpus in meta["corpora"] if corpus["task"] == task.id}, task.language),
     }
     wrong = [
         f"{name} {', '.join(sorted(then))} in training, {now} here" for name, (then, now) in pairs.items() if then - {"unknown"} - {now}
@@ -230,37 +164,30 @@ def learning_rate(args: Args, step: int, steps: int) -> float:
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, steps - args.warmup)))
 
 
-def train(args: Args, model: VLA, training: list[Corpus], validation: list[Corpus], steps: int, run: Path, meta: dict) -> dict:
-    """Train `model` (left with the averaged weights) for `steps` steps, going on from RUN/checkpoint.pt if there is one.
+def train(args: Args, model: VLA, training: list[Corpus], validation: list[Corpus], steps: int, run: SharedRun, meta: dict) -> dict:
+    """Train `model` (left with the averaged weights) for `steps` steps, going on from the run's checkpoint.
 
-    Writes RUN/checkpoint.pt, RUN/model.pt and TensorBoard events. Returns the last validation's losses and the speed.
+    Writes model.pt with `meta` into the run's folder. Returns the last validation's losses and the speed.
     """
     device = model.device
     average = copy.deepcopy(model).requires_grad_(False).eval()
     decayed = [p for p in model.parameters() if p.ndim >= 2]  # matrices; not biases, gains and what there is one of
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": [p for p in model.parameters() if p.ndim < 2]}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    step, seconds, results = 0, 0.0, {}  # results: of the last validation, and the speed
-    corpora = vla_data.fingerprint(training + validation)
-    if (run / "checkpoint.pt").exists():
-        state = load_checkpoint(run / "checkpoint.pt", "vla_training")
-        if state["corpora"] != corpora:
-            raise UserError(f"the corpora of {run} have changed since it was started; put them back, or start a new run")
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, seconds, results = state["step"], state["seconds"], state["results"]
+    step, results = 0, {}  # results: of the last validation, and the speed
+    if run.stage != "start":
+        for name, part in (("model", model), ("average", average), ("optimizer", optimizer)):
+            part.load_state_dict(run.checkpoint[name])
+        step, results = run.checkpoint["step"], run.checkpoint["results"]
 
     def save() -> None:
         """Everything that the rest of the training depends on; random numbers depend on the step alone."""
+        state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+        run.save("train", step=step, results=results, **state)
         if rank() == 0:
-            state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"step": step, "seconds": seconds + time.time() - began, "results": results, "corpora": corpora}
-            save_checkpoint(run / "checkpoint.pt", {"script": "vla_training", **state})
-            save_model(run / "model.pt", average, meta | {"step": step})
+            save_model(run.folder / "model.pt", average, meta | {"step": step})
 
     batches, held_out = Batches(args, model, Chunks(training, model.config["chunk"])), Chunks(validation, model.config["chunk"])
-    began = time.time()
     log = Log(run, batches, Batches(args, average, held_out) if len(held_out) else None, step, steps, results)
     learner: nn.Module = model
     if world_size() > 1:
@@ -268,7 +195,7 @@ def train(args: Args, model: VLA, training: list[Corpus], validation: list[Corpu
         learner = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None, find_unused_parameters=unused)
     if args.compile:
         learner = torch.compile(learner)
-    with contextlib.closing(log), batches.reading(range(step, steps)) as source:
+    with run.stoppable(), batches.reading(range(step, steps)) as source:
         while step < steps:
             rate = learning_rate(args, step, steps)
             for group in optimizer.param_groups:
@@ -279,7 +206,7 @@ def train(args: Args, model: VLA, training: list[Corpus], validation: list[Corpu
                     batch = next(source)
                 except ReadError:
                     save()
-                    log.say(f"stopped after step {step}; to go on: --resume {run}")
+                    run.progress.say(f"stopped after step {step}; to go on: --resume {run.folder}")
                     raise
                 last = k == args.accumulate - 1  # only then do the processes have to agree on the gradient
                 with contextlib.nullcontext() if last or world_size() == 1 else learner.no_sync():
@@ -297,10 +224,13 @@ def train(args: Args, model: VLA, training: list[Corpus], validation: list[Corpu
             log.step(step, train_loss, norm, rate)
             if step % args.eval_interval == 0 or step == steps:
                 log.validate(step)
-            if step % args.checkpoint_interval == 0 or step == steps:
+            stop = run.stopping
+            if step % args.checkpoint_interval == 0 or step == steps or stop:
                 save()
+            if stop:
+                sys.exit(143)
     model.load_state_dict(average.state_dict())
-    return results | {"steps": step, "wall_seconds": seconds + time.time() - began}
+    return results | {"steps": step}
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
@@ -420,6 +350,7 @@ def evaluate_tasks(args: Args, model: VLA, meta: dict, tasks: list[str], run: Pa
         size = model.config["image_size"]
         simulator = {"backend": args.backend, "device": model.device.type}
         camera = make_renderer(task.model, tuple(CAMERAS.values()), size, size, renderer, device=model.device.type)
+        progress.say(f"evaluate {number}/{len(tasks)}: {task.id}, {args.trials} trials; it is told to {task.language}")
         progress.stage(f"evaluate {number}/{len(tasks)}", args.trials)
         outcomes: list[bool] = []
 
@@ -443,20 +374,12 @@ def evaluate_tasks(args: Args, model: VLA, meta: dict, tasks: list[str], run: Pa
 
 
 def main() -> None:
-    args = tyro.cli(Args)
-    run = None
-    if args.resume:
-        run = Path(args.resume)
-        args = resumed_args(run, "vla_finetune", Args)
-    validate(args)
-    torch.set_num_threads(args.torch_threads)
-    keep_memory()
-    torch.set_float32_matmul_precision("high")
-    device = find_device(args.device, args.compile)
-    args = dataclasses.replace(args, backend=rollout.choose_devices(args).backend)
-    torch.manual_seed(args.seed)
-    corpora = [] if args.eval_only else vla_data.read_corpora(args.data, args.max_episodes, args.seed, args.filter_key, args.drop_no_ops)
+    run = SharedRun("vla_finetune", Args)
+    device = prepare(run)
+    run.args = args = dataclasses.replace(run.args, backend=rollout.choose_devices(run.args).backend)
+    corpora = [] if args.eval_only else args.read()
     model, meta = make_model(args, corpora[0].image_size if corpora else None)
+    depends = {"pretrained": digest(model)} if args.checkpoint else {}
     if args.replan > model.config["chunk"]:
         raise UserError(f"--replan {args.replan} is more than the {model.config['chunk']} actions of a chunk")
     if corpora:
@@ -472,39 +395,34 @@ def main() -> None:
         steps = max(1, round(args.epochs * order.steps_per_epoch))
         meta = {"renderer": corpora[0].renderer, "assets": corpora[0].assets, "versions": versions(), "seed": args.seed, "pretrained": meta}
         meta |= {"tasks": sorted({c.task for c in corpora}), "corpora": vla_data.describe(corpora)}
-    tasks = expand(args.tasks or meta["tasks"])
+        depends["data"] = vla_data.fingerprint(corpora)
+    tasks, renderer = expand(args.tasks or meta["tasks"]), args.renderer or meta["renderer"]
     first = load_task(tasks[0], assets_like(meta["assets"], args.assets))  # what is missing is found now
-    check_match(meta, first, args.renderer or meta["renderer"], args.allow_mismatch, lambda line: None)
-    make_renderer(first.model, tuple(CAMERAS.values()), 16, 16, args.renderer or meta["renderer"], device=device.type)
+    check_match(meta, first, renderer, args.allow_mismatch, lambda line: None)
+    make_renderer(first.model, tuple(CAMERAS.values()), 16, 16, renderer, device=device.type)
     if args.backend == "warp":
         make_env(first, min(args.num_envs, args.trials), backend="warp", device=device.type).close()
-    if args.videos and not (possible := available(args.renderer or meta["renderer"]))[0]:
+    if args.videos and not (possible := available(renderer))[0]:
         raise UserError(f"no videos: {possible[1]}; or pass --videos 0")
     model.to(device)
     with distributed(device):
-        if run is None:
-            if rank() == 0:
-                name = tasks[0] if len(tasks) == 1 else f"{len(tasks)}-tasks"
-                run = make_run(args.run_folder, name, "vla_finetune", args)
-                write_json(run / "config.json", {"script": "vla_finetune", "args": dataclasses.asdict(args), **meta})
-            run = shared_folder(run)
+        name = tasks[0] if len(tasks) == 1 else f"{len(tasks)}-tasks"
+        run.open(name, depends | {"assets": meta["assets"], "image_assets": first.image_assets, "renderer": renderer}, trained_on=meta)
         trained = None if args.eval_only else train(args, model, training, validation, steps, run, meta)
     if rank() > 0:  # one process evaluates
         return
     protocol = {"trials": args.trials, "replan": args.replan, "no_ops": 10, "control_hz": 20, "allow_mismatch": args.allow_mismatch}
     protocol["backend"] = args.backend
     results = {"checkpoint": args.checkpoint, "model": model.config, "training": trained, "protocol": protocol, "versions": versions()}
-    results |= {"renderer": args.renderer or meta["renderer"], "trained_on": meta}
-    if (run / "results.json").exists():
-        found = json.loads((run / "results.json").read_text())
+    results |= {"renderer": renderer, "trained_on": meta}
+    if (run.folder / "results.json").exists():
+        found = json.loads((run.folder / "results.json").read_text())
         results |= {name: found[name] for name in ("tasks", "success_rate", "interval")}
-    progress = Progress()
-    evaluate_tasks(args, model, meta, tasks, run, results, progress)
-    progress.close()
+    evaluate_tasks(args, model, meta, tasks, run.folder, results, run.progress)
     rows = [{name: value for name, value in row.items() if name != "outcomes"} for row in results["tasks"]]
-    write_json(run / "summary.json", results | {"tasks": rows})
     low, high = results["interval"]
-    progress.say(f"success {results['success_rate']:.1%} ({low:.1%} to {high:.1%}) over {len(results['tasks'])} tasks; see {run}")
+    line = f"success {results['success_rate']:.1%} ({low:.1%} to {high:.1%}) over {len(rows)} tasks"
+    run.finish(results | {"tasks": rows}, line)
 
 
 if __name__ == "__main__":

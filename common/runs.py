@@ -94,8 +94,9 @@ def stored_args(cls: type, stored: dict):
     return cls(**{name: float(value) if value == "inf" else value for name, value in stored.items() if name in names})
 
 
-BY_CONTENT = ("data", "demos")  # flags that may change, too: the files may lie elsewhere now, and are compared by what is in them
 AFTER_TRAINING = ("corpus_episodes", "corpus_images", "videos", "allow_mismatch")  # flags that may change when a run is resumed
+BY_CONTENT = ("data", "demos", "checkpoint")  # these, too: the files may lie elsewhere now, and are compared by what is in them
+NO_RESULT = ("num_workers",)  # and what changes no result
 
 
 def resumed_args(run: Path, script: str, cls: type):
@@ -109,7 +110,7 @@ def resumed_args(run: Path, script: str, cls: type):
     given = tyro.cli(cls, default=started)  # the run's arguments, but for what the command line says
     for name in (f.name for f in dataclasses.fields(cls)):
         then, now = getattr(started, name), getattr(given, name)
-        if name != "resume" and name not in (*AFTER_TRAINING, *BY_CONTENT) and now != then:
+        if name != "resume" and name not in (*AFTER_TRAINING, *BY_CONTENT, *NO_RESULT) and now != then:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{run} was started with {flag} {then}, not {now}; resume it without {flag}, or start a new run")
     return given
@@ -177,7 +178,8 @@ class Run:
         from torch.utils.tensorboard import SummaryWriter  # which takes a second, and few that import this module need
 
         # what was logged after the checkpoint is logged again
-        again = self.checkpoint["env_steps"] + 1 if "env_steps" in self.checkpoint else 0 if self.stage == "start" else None
+        done = self.checkpoint.get("env_steps", self.checkpoint.get("step"))
+        again = done + 1 if done is not None else 0 if self.stage == "start" else None
         self.writer = SummaryWriter(str(self.folder), purge_step=again if self.args.resume else None)
 
     def _compare(self, config: dict, depends: dict[str, Any], torch_version: str) -> None:

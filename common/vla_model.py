@@ -12,6 +12,7 @@ predicted one after the other by maximum likelihood, as OpenVLA (arXiv 2406.0924
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import os
 from collections.abc import Sequence
@@ -384,6 +385,14 @@ def crop_images(images: torch.Tensor, offsets: torch.Tensor, side: int) -> torch
 def crop_side(share: float, image_size: int) -> int:
     """Pixels of a crop that is `share` of a picture's side, even, so that it has a centre."""
     return round(share * image_size / 2) * 2
+
+
+def digest(model: nn.Module) -> str:
+    """Twelve hex digits over a model's weights."""
+    found = hashlib.sha256()
+    for value in model.state_dict().values():
+        found.update(value.detach().cpu().numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 def save_model(path: Path, model: VLA, meta: dict) -> None:

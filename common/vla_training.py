@@ -1,4 +1,4 @@
-"""What training a VLA needs besides the algorithm: its processes, its batches and random numbers, validation, and the log.
+"""What training a VLA needs besides the algorithm: flags, processes, batches and random numbers, validation, the log.
 
 The algorithm itself, the loop over steps, stands in vla_pretrain.py and in vla_finetune.py.
 """
@@ -7,20 +7,85 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import math
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.tensorboard import SummaryWriter
 
-from common.cli import UserError
-from common.data.vla import ACTION_SIZE, CAMERAS, Chunks, Order, batches, explained
-from common.runs import Progress, choose_device
+from common.cli import Count, Range, UserError, check_ranges, usable_cores
+from common.data.vla import ACTION_SIZE, CAMERAS, Chunks, Corpus, Order, batches, explained, read_corpora
+from common.runs import Progress, Run, choose_device, load_checkpoint
 from common.vla_model import VLA
+
+# ---------------------------------------------------------------------------------------------- flags
+
+
+@dataclasses.dataclass
+class TrainingArgs:
+    """Flags that the VLA scripts share: the data, where to run, and how a batch is put together."""
+
+    data: list[str] = dataclasses.field(default_factory=list)
+    """HDF5 files in LIBERO's layout with pictures (python -m common.libero.render adds them)"""
+    weights: list[float] = dataclasses.field(default_factory=list)
+    """how often an epoch shows each file's samples, one number a file in the order of --data (default: once)"""
+    filter_key: str | None = None
+    """of files with robomimic's filter keys, only the demonstrations that mask/KEY names"""
+    drop_no_ops: bool = False
+    """leave out steps that neither move the hand nor the gripper, of which human demonstrations have many"""
+    max_episodes: Count | None = None
+    """at most so many episodes of each file, drawn at random: to compare sources at equal size"""
+    val_fraction: Annotated[float, Range(0, below=1)] = 0.05
+    """share of each file's episodes that is held out for validation"""
+    seed: Annotated[int, Range(0)] = 1
+    """seed of everything that is random"""
+    resume: str | None = None
+    """go on with the run in this folder, exactly where its last checkpoint left it; files that have moved are named by --data"""
+    allow_mismatch: bool = False
+    """go on although data, renderer, assets, instruction or MuJoCo are not those of the run, or of the training that is evaluated"""
+    run_folder: str = "runs"
+    """where runs are written"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto (CUDA, if there is a GPU), cpu or cuda"""
+    compile: bool = False
+    """compile the model (CUDA)"""
+    torch_threads: Count | None = None
+    """threads of each process on a CPU (default: its share of the cores; results are reproducible for a fixed number)"""
+    num_workers: Annotated[int, Range(0)] = 1
+    """processes that read the files, each rank its own; 0: read between steps"""
+    checkpoint_interval: Count = 500
+    """steps between checkpoints: what a kill can lose at most"""
+    eval_interval: Count = 500
+    """steps between validations"""
+    batch_size: Count = 128
+    """samples a step, of all ranks together"""
+    accumulate: Count = 1
+    """parts that each rank's share of a batch is cut into, where memory is short; the gradient is that of the whole batch"""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        self.data = [str(Path(path).absolute()) for path in self.data]  # so that a run can be resumed from another folder
+        if self.weights and len(self.weights) != len(self.data):
+            raise UserError(f"--weights needs one number for each of the {len(self.data)} files of --data, not {len(self.weights)}")
+        if any(not 0 <= w < math.inf for w in self.weights) or (self.weights and not any(self.weights)):
+            raise UserError("--weights must be at least 0, and one of them more")
+        if self.batch_size % (world_size() * self.accumulate):
+            parts = f"{world_size()} processes x --accumulate {self.accumulate}"
+            raise UserError(f"--batch-size {self.batch_size} cannot be cut into equal parts for {parts}")
+
+    def read(self) -> list[Corpus]:
+        """The corpora of --data."""
+        try:
+            return read_corpora(self.data, self.max_episodes, self.seed, self.filter_key, self.drop_no_ops)
+        except UserError as error:
+            moved = self.resume and not all(Path(path).exists() for path in self.data)
+            raise UserError(f"{error}; if it has moved, name all files again with --data") if moved else error from None
+
 
 # ---------------------------------------------------------------------------------------------- processes and devices
 
@@ -33,10 +98,16 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def find_device(device: str, compile: bool) -> torch.device:
-    """The device of this process; raises UserError if it is not there."""
-    found = choose_device(device, compile)
-    return torch.device(found, int(os.environ.get("LOCAL_RANK", 0)) if found == "cuda" else None)
+def prepare(run: SharedRun) -> torch.device:
+    """Set torch up for the run; `run.args` then says how many threads. Returns this process's device, or UserError if it isn't there."""
+    device = choose_device(run.args.device, run.args.compile)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    run.args = dataclasses.replace(run.args, torch_threads=run.args.torch_threads or max(1, usable_cores() // local))
+    torch.set_num_threads(run.args.torch_threads)
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(run.args.seed)
+    keep_memory()
+    return torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
 
 
 @contextlib.contextmanager
@@ -51,19 +122,59 @@ def distributed(device: torch.device):
         torch.distributed.destroy_process_group()
 
 
-def shared_folder(folder: Path | None) -> Path:
-    """The run folder that rank 0 made, on all ranks."""
-    names = [str(folder)]
-    if world_size() > 1:
-        torch.distributed.broadcast_object_list(names)
-    return Path(names[0])
+class SharedRun(Run):
+    """A run of all of torchrun's processes: the first one writes, the others read and are silent."""
+
+    def __init__(self, script: str, cls: type):
+        super().__init__(script, cls)
+        if rank() > 0:
+            self.progress = _Silence()
+
+    def open(self, name: str, depends: dict[str, Any], **config) -> None:
+        if rank() == 0:
+            super().open(name, depends, **config)
+        names = [str(self.folder)]
+        if world_size() > 1:
+            torch.distributed.broadcast_object_list(names)
+        if rank() > 0:
+            self.folder = Path(names[0])
+            self.checkpoint = load_checkpoint(self.folder / "checkpoint.pt", self.script)
+
+    def save(self, stage: str, **content) -> None:
+        if rank() == 0:
+            super().save(stage, **content)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        if rank() == 0:
+            super().log(values, step)
+
+    @contextlib.contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """Here SIGTERM only sets `stopping`, so that a step can be ended and saved; not where processes would wait for one that is gone."""
+        self.training = world_size() == 1
+        try:
+            yield
+        finally:
+            self.training = False
+
+
+class _Silence(Progress):
+    def stage(self, name: str, total: int, done: int = 0) -> None: ...
+
+    def update(self, amount: int = 1, note: str = "") -> None: ...
+
+    def say(self, line: str) -> None: ...
+
+
+def bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16: GPUs do, and CPUs with AMX or AVX512-BF16."""
+    cpu = torch.cpu.get_capabilities()
+    return device.type == "cuda" or bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
 
 
 def autocast(device: torch.device):
-    """bfloat16 where the hardware multiplies it: on GPUs, and on CPUs with AMX or AVX512-BF16."""
-    cpu = torch.cpu.get_capabilities()
-    possible = device.type == "cuda" or cpu.get("amx_bf16") or cpu.get("avx512_bf16")
-    return torch.autocast(device.type, torch.bfloat16, enabled=bool(possible))
+    """Matrix products and convolutions in bfloat16, where the hardware multiplies it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16(device))
 
 
 def keep_memory() -> None:
@@ -157,20 +268,17 @@ def count_flops(batches: Batches) -> float:
 
 
 class Log:
-    """A training run's TensorBoard events, progress line and results, written by the first process."""
+    """Of a training run: TensorBoard events, the progress line, validation, and `results` for the summary."""
 
-    def __init__(self, run: Path, batches: Batches, held_out: Batches | None, step: int, steps: int, results: dict):
+    def __init__(self, run: SharedRun, batches: Batches, held_out: Batches | None, step: int, steps: int, results: dict):
         """`batches` and `held_out` (None: nothing to validate on), of training and of the averaged weights; `step` steps are done."""
-        self.batches, self.held_out, self.steps, self.results = batches, held_out, steps, results
-        self.silent = rank() > 0
-        if self.silent:
-            return
+        self.run, self.batches, self.held_out, self.steps, self.results = run, batches, held_out, steps, results
         model = batches.model
-        self.writer, self.progress = SummaryWriter(str(run)), Progress()
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        self.progress.say(f"{parameters:.1f} M parameters, {model.device}, {len(batches.chunks)} training samples")
+        where = f"{model.device}, {'bfloat16' if bfloat16(model.device) else 'float32'}, {torch.get_num_threads()} threads"
+        run.progress.say(f"{parameters:.1f} M parameters on {where}; {len(batches.chunks)} training samples, {steps} steps")
         self.flops = count_flops(batches)
-        self.progress.stage("train", steps, step)
+        run.progress.stage("train", steps, step)
         self.since, self.done = time.time(), step  # speed is measured from here on
         self.noted, self.note = 0.0, ""
 
@@ -179,14 +287,12 @@ class Log:
 
         Raises UserError if the loss is not finite.
         """
-        if self.silent:
-            return
         args, seconds = self.batches.args, time.time() - self.since
         speed = (step - self.done) * args.batch_size / seconds
-        if time.time() - self.noted >= self.progress.interval:
+        if time.time() - self.noted >= self.run.progress.interval:
             self.note = f"loss {loss.item():.3f}  {speed:.0f} samples/s  {speed * self.flops / 1e12:.3g} TFLOP/s"
             self.noted = time.time()
-        self.progress.update(1, self.note)
+        self.run.progress.update(1, self.note)
         if step % 50 and step % args.checkpoint_interval and step < self.steps:
             return
         if not math.isfinite(loss):
@@ -195,13 +301,12 @@ class Log:
         charts = {"losses/train": loss.item(), "losses/grad_norm": norm.item(), "charts/learning_rate": rate}
         charts |= {f"charts/{name}": value for name, value in self.results.items() if "per_second" in name}
         charts |= {"charts/epoch": step / self.batches.order.steps_per_epoch, "charts/data_wait": self.batches.waited / seconds}
-        for name, value in charts.items():
-            self.writer.add_scalar(name, value, step)
+        self.run.log(charts, step)
         self.since, self.done, self.batches.waited = time.time(), step, 0.0
 
     def validate(self, step: int) -> None:
         """Loss and action error of the averaged weights on at most 256 held-out samples, always the same."""
-        if self.silent or self.held_out is None:
+        if self.held_out is None:
             return
         began, held_out = time.time(), self.held_out
         loss, error, count = 0.0, 0.0, 0.0
@@ -214,16 +319,6 @@ class Log:
             error += ((found - batch["actions"]).abs().mean(-1) * batch["mask"]).sum().item()
             count += batch["mask"].sum().item()
         self.results |= {"validation": loss / len(rows), "action_l1": error / count}
-        for name in ("validation", "action_l1"):
-            self.writer.add_scalar(f"losses/{name}", self.results[name], step)
-        self.progress.say(f"step {step}: validation loss {loss / len(rows):.4f}, action error {error / count:.4f}")
+        self.run.log({f"losses/{name}": self.results[name] for name in ("validation", "action_l1")}, step)
+        self.run.progress.say(f"step {step}: validation loss {loss / len(rows):.4f}, action error {error / count:.4f}")
         self.since += time.time() - began  # not the training's
-
-    def say(self, line: str) -> None:
-        if not self.silent:
-            self.progress.say(line)
-
-    def close(self) -> None:
-        if not self.silent:
-            self.progress.close()
-            self.writer.close()

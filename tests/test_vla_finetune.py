@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import h5py
@@ -27,7 +26,7 @@ from common.metrics import wilson_interval
 from common.runs import Progress
 from common.suites import expand
 from common.vla_model import VLA, load_model, save_model
-from tests.test_vla_pretrain import micro, same, write_pictures  # noqa: F401  (micro is a fixture)
+from tests.test_vla_pretrain import micro, opened, run_main, same, write_pictures  # noqa: F401  (micro is a fixture)
 from vla_finetune import Args, ModelPolicy, check_match, evaluate, summarise
 
 
@@ -122,7 +121,7 @@ def test_trials_begin_as_published_evaluations_do(drawer_task, short):
 
 def test_a_models_actions_do_not_depend_on_the_batch():
     torch.manual_seed(0)
-    model = VLA("flow", "micro", 4, 32, 30)
+    model = VLA("flow", "tiny", 4, 32, 30)
     model.fit({"proprio_mean": [0] * 8, "proprio_std": [1] * 8, "action_low": [-1] * 7, "action_high": [1] * 7})
     torch.nn.init.normal_(model.head.out.weight, std=0.1)
     policy = ModelPolicy(model, "open the drawer", seed=3)
@@ -162,14 +161,13 @@ def test_mismatches_are_errors_unless_allowed(drawer_task):
 def test_both_scripts_train_alike(corpus, tmp_path):
     """Each has a loop of its own; from the same weights, with the same flags, they end in the same weights."""
     training, validation = vla_data.split(vla_data.read_corpora([corpus]), 0.2, 1)
-    start = VLA("flow", "micro", 4, 32, 30).fit(vla_data.Chunks(training, 4).statistics())
-    flags = {"batch_size": 8, "num_workers": 0, "warmup": 2, "eval_interval": 3, "checkpoint_interval": 3, "accumulate": 2}
-    flags |= {"lr": 1e-3, "ema": 0.5, "max_grad_norm": 0.1, "weight_decay": 0.1}
+    start = VLA("flow", "tiny", 4, 32, 30).fit(vla_data.Chunks(training, 4).statistics())
+    flags = {"eval_interval": 3, "accumulate": 2, "ema": 0.5, "max_grad_norm": 0.1, "weight_decay": 0.1}
     found = []
     for script in (vla_pretrain, vla_finetune):
-        folder, model = tmp_path / script.__name__, copy.deepcopy(start)
-        folder.mkdir()
-        results = script.train(script.Args(**flags), model, training, validation, 4, folder, {})
+        model = copy.deepcopy(start)
+        with opened(script, tmp_path / script.__name__, **flags) as run:
+            results = script.train(run.args, model, training, validation, 4, run, {})
         found.append((model.state_dict(), results["validation"]))
     assert same(found[0][0], found[1][0]) and found[0][1] == found[1][1] and not same(found[0][0], start.state_dict())
 
@@ -180,13 +178,12 @@ def test_both_scripts_train_alike(corpus, tmp_path):
 @pytest.fixture
 def flags(corpus, tmp_path, assets):
     values = {"data": corpus, "batch-size": 4, "epochs": 0.03, "num-workers": 0, "torch-threads": 1, "trials": 2, "num-envs": 2}
-    values |= {"size": "micro", "chunk": 4, "replan": 4, "videos": 0, "assets": assets, "run-folder": tmp_path / "runs"}
+    values |= {"size": "tiny", "chunk": 4, "replan": 4, "videos": 0, "assets": assets, "run-folder": tmp_path / "runs"}
     return [str(x) for name, value in values.items() for x in (f"--{name}", value)]
 
 
 def main(monkeypatch, *flags: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["vla_finetune.py", *map(str, flags)])
-    vla_finetune.main()
+    run_main(monkeypatch, vla_finetune, *flags)
 
 
 def without(flags: list[str], *names: str) -> list[str]:
@@ -224,13 +221,12 @@ def test_from_demonstrations_to_results(flags, tmp_path, monkeypatch, drawer_tas
     [
         (["--head", "tokens"], "has --head flow, not tokens"),
         (["--chunk", "6"], "has --chunk 4, not 6"),
-        (["--size", "tiny"], "has --size micro, not tiny"),
+        (["--size", "small"], "has --size tiny, not small"),
         (["--crop", "0.6"], "has --crop 30, not 20"),
         (["--backend", "warp"], "--backend warp: torch finds no GPU here"),
         (["--replan", "5"], "--replan 5 is more than the 4 actions of a chunk"),
-        (["--trials", "51"], "--trials must be at most 50"),
+        (["--trials", "51"], "--trials must be between 1 and 50, not 51"),
         (["--num-envs", "0"], "--num-envs must be at least 1"),
-        (["--renderer", "vulkan"], "--renderer must be warp or gl"),
         (["--tasks", "libero_gaol"], "unknown task"),
         (["--eval-only"], "--eval-only does not train, so it takes no --data"),
         (["--checkpoint", "nowhere"], "nowhere.* does not exist"),
@@ -238,7 +234,7 @@ def test_from_demonstrations_to_results(flags, tmp_path, monkeypatch, drawer_tas
 )
 def test_flags_that_cannot_work(flags, monkeypatch, tmp_path, changes, message, corpus):
     corpora = vla_data.read_corpora([corpus])
-    model = VLA("flow", "micro", 4, 32, 30).fit(vla_data.Chunks(corpora, 4).statistics())
+    model = VLA("flow", "tiny", 4, 32, 30).fit(vla_data.Chunks(corpora, 4).statistics())
     meta = {"renderer": corpora[0].renderer, "assets": corpora[0].assets, "corpora": vla_data.describe(corpora), "tasks": []}
     save_model(tmp_path / "model.pt", model, meta)
     with pytest.raises(UserError, match=message) as error:
@@ -247,7 +243,7 @@ def test_flags_that_cannot_work(flags, monkeypatch, tmp_path, changes, message, 
 
 
 def test_pictures_of_another_size(flags, monkeypatch, tmp_path, demos, drawer_task, assets):
-    save_model(tmp_path / "model.pt", VLA("flow", "micro", 4, 32, 30), {})
+    save_model(tmp_path / "model.pt", VLA("flow", "tiny", 4, 32, 30), {})
     smaller = write_pictures(tmp_path / "smaller.hdf5", drawer_task, read_episodes(demos)[:2], 16, assets)
     with pytest.raises(UserError, match="image size mismatch: .* takes pictures of 32 x 32, the data has 16 x 16"):
         main(monkeypatch, "--checkpoint", tmp_path, *without(flags, "data", "size"), "--data", smaller)

@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,21 +28,23 @@ from common.libero.render import add_images
 from common.libero.renderers import make_renderer
 from common.runs import load_checkpoint
 from common.vla_model import SIZES, VLA, FlowHead, Size, TokenHead, crop_images, load_model, save_model
-from common.vla_training import draws
+from common.vla_training import SharedRun, draws
 from vla_pretrain import Args, learning_rate, train
 
+TINY = SIZES["tiny"]
 MICRO = Size(32, 2, 1, 1, 2, (16, 16, 32, 32), (0, 0, 1, 0))
 ROOT = Path(vla_pretrain.__file__).parent
 
 
 @pytest.fixture(autouse=True)
 def micro(monkeypatch):
-    """A model for tests, and one thread: results must not depend on it, but time does."""
-    monkeypatch.setitem(SIZES, "micro", MICRO)
-    threads = torch.get_num_threads()
+    """A tiny model that is smaller still, and one thread: results must not depend on it, but time does."""
+    monkeypatch.setitem(SIZES, "tiny", MICRO)
+    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    signal.signal(signal.SIGTERM, handler)
 
 
 def write_pictures(path: Path, task, episodes, size: int, assets: str) -> Path:
@@ -60,11 +63,7 @@ def corpus(demos, drawer_task, assets, tmp_path_factory) -> Path:
 
 def micro_model(corpora, head="flow", chunk=4, seed=0) -> VLA:
     torch.manual_seed(seed)
-    return VLA(head, "micro", chunk, 32, 30).fit(Chunks(corpora, chunk).statistics())
-
-
-def micro_args(**changes) -> Args:
-    return Args(**{"batch_size": 8, "num_workers": 0, "warmup": 2, "eval_interval": 100, "checkpoint_interval": 3, "lr": 1e-3} | changes)
+    return VLA(head, "tiny", chunk, 32, 30).fit(Chunks(corpora, chunk).statistics())
 
 
 # ---------------------------------------------------------------------------------------------- samples
@@ -285,13 +284,40 @@ def test_learning_rate_by_hand():
     assert learning_rate(args, 4, 12) == 2.0 and abs(learning_rate(args, 8, 12) - 1.0) < 1e-12 and learning_rate(args, 12, 12) == 0.0
 
 
+@contextlib.contextmanager
+def opened(script, folder: Path, **changes):
+    """A run of a script in `folder`, or the one that is there continued, with these flags; let go as if its process had ended."""
+    begun = list(folder.glob("*"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script.__name__, *(("--resume", str(begun[0])) if begun else ("--run-folder", str(folder)))])
+        run = SharedRun(script.__name__, script.Args)
+    flags = {"batch_size": 8, "num_workers": 0, "warmup": 2, "eval_interval": 100, "checkpoint_interval": 3, "lr": 1e-3, "ema": 0.999}
+    run.args = script.Args(**flags | changes, resume=run.args.resume, run_folder=str(folder))
+    run.open("suite/task", {})
+    try:
+        yield run
+    finally:
+        run.writer.close()
+        run._locked.close()
+
+
 def run_training(corpus, folder: Path, steps: int = 6, **changes) -> dict[str, torch.Tensor]:
     training, validation = vla_data.split(read_corpora([corpus]), 0.2, 1)
-    folder.mkdir(exist_ok=True)
     model = micro_model(training)
-    results = train(micro_args(**changes), model, training, validation, steps, folder, {})
+    with opened(vla_pretrain, folder, **changes) as run:
+        results = train(run.args, model, training, validation, steps, run, {})
     assert results["steps"] == steps and results["tflops_per_second"] > 0
     return model.state_dict()
+
+
+def only(folder: Path) -> Path:
+    (run,) = folder.iterdir()
+    return run
+
+
+def kept(folder: Path) -> dict:
+    """The checkpoint of the only run in a folder."""
+    return load_checkpoint(only(folder) / "checkpoint.pt", "vla_pretrain")
 
 
 def same(a: dict, b: dict) -> bool:
@@ -321,13 +347,32 @@ def test_resume_is_exact(corpus, tmp_path, monkeypatch, step):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(vla_pretrain, "learning_rate", killed)
         run_training(corpus, tmp_path / "part")
-    assert (tmp_path / "part" / "checkpoint.pt").exists() == (step > 3)
+    assert kept(tmp_path / "part").get("step", 0) == 3 * (step > 3)
     assert same(run_training(corpus, tmp_path / "part", num_workers=1), whole)
-    assert same(load_model(tmp_path / "part")[0].state_dict(), whole)
-    assert load_checkpoint(tmp_path / "part" / "checkpoint.pt", "vla_training")["step"] == 6
-    with pytest.raises(UserError, match="corpora of .* have changed"):
-        training = read_corpora([corpus], max_episodes=3)
-        train(micro_args(), micro_model(training), training, [], 6, tmp_path / "part", {})
+    assert same(load_model(only(tmp_path / "part"))[0].state_dict(), whole)
+    assert kept(tmp_path / "part")["step"] == 6
+
+
+def test_sigterm_saves_what_was_learned(corpus, tmp_path, monkeypatch):
+    """Between two checkpoints; and the run ends in the weights of one that nobody stopped."""
+    whole = run_training(corpus, tmp_path / "whole")
+
+    def terminated(args, s, steps):
+        if s == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learning_rate(args, s, steps)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        patch.setattr(vla_pretrain, "learning_rate", terminated)
+        run_training(corpus, tmp_path / "part")
+    assert kept(tmp_path / "part")["step"] == 5
+    assert same(run_training(corpus, tmp_path / "part"), whole)
+
+
+def test_a_loss_that_is_not_finite(corpus, tmp_path):
+    with pytest.raises(UserError, match="the loss is .* at step .*; start again with a smaller --lr than 1e\\+30"):
+        run_training(corpus, tmp_path, steps=8, lr=1e30, warmup=0, checkpoint_interval=1)
+    assert all(torch.isfinite(value).all() for value in kept(tmp_path)["model"].values())
 
 
 def test_accumulation_is_the_whole_batch(corpus, tmp_path, monkeypatch):
@@ -364,12 +409,27 @@ def flags(corpus, tmp_path):
 
 
 def main(monkeypatch, *flags: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["vla_pretrain.py", *map(str, flags)])
-    vla_pretrain.main()
+    run_main(monkeypatch, vla_pretrain, *flags)
+
+
+def run_main(monkeypatch, script, *flags: str) -> None:
+    """A script in this process, which lets go of the run as if it had ended."""
+    runs = []
+    init = SharedRun.__init__
+    monkeypatch.setattr(SharedRun, "__init__", lambda self, *args: runs.append(self) or init(self, *args))
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
+    try:
+        script.main()
+    finally:
+        monkeypatch.setattr(SharedRun, "__init__", init)
+        for run in runs:
+            if hasattr(run, "_locked"):
+                run._locked.close()
 
 
 def test_two_processes_train_as_one(corpus, flags, tmp_path, monkeypatch):
     """torchrun with two gloo processes on half a batch each, against one process on the whole one."""
+    monkeypatch.setitem(SIZES, "tiny", TINY)
     main(monkeypatch, *flags)
     (alone,) = (tmp_path / "runs").iterdir()
     both = [*flags[:-1], str(tmp_path / "two")]
@@ -402,14 +462,57 @@ def test_what_a_run_leaves_behind(flags, tmp_path, monkeypatch, corpus, drawer_t
         main(monkeypatch, "--resume", run, "--head", "tokens")
 
 
+def test_a_run_is_continued_where_its_data_have_moved(flags, corpus, tmp_path, monkeypatch):
+    """Started with relative paths in one folder, continued in another with the file elsewhere: the data are known by their content."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir(), there.mkdir()
+    shutil.copy(corpus, here / "some.hdf5")
+    main(monkeypatch, *flags)
+    whole = load_model(only(tmp_path / "runs"))[0].state_dict()
+    flags = [*flags[2:-2], "--checkpoint-interval", "2"]
+
+    def killed(args, s, steps):
+        if s == 2:
+            raise Killed
+        return learning_rate(args, s, steps)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.chdir(here)
+        patch.setattr(vla_pretrain, "learning_rate", killed)
+        main(patch, "--data", "some.hdf5", "--run-folder", "runs", *flags)
+    run = only(here / "runs")
+    assert kept(here / "runs")["step"] == 2
+    moved = (here / "some.hdf5").rename(there / "other.hdf5")
+    monkeypatch.chdir(there)
+    with pytest.raises(UserError, match="some.hdf5: no such file; if it has moved, name all files again with --data"):
+        main(monkeypatch, "--resume", run)
+    with h5py.File(shutil.copy(moved, there / "changed.hdf5"), "r+") as file:
+        file["data/demo_0/actions"][3, 0] += 1e-3
+    with pytest.raises(UserError, match="was started with data .*, and here it is"):
+        main(monkeypatch, "--resume", run, "--data", "changed.hdf5")
+    main(monkeypatch, "--resume", run, "--data", "other.hdf5")
+    assert same(load_model(run)[0].state_dict(), whole)
+
+
+def test_steps_suit_the_device(flags, monkeypatch):
+    found = []
+
+    def stopped(args, model, training, validation, steps, *rest):
+        found.append((steps, args.torch_threads))
+        raise Killed
+
+    monkeypatch.setattr(vla_pretrain, "train", stopped)
+    with pytest.raises(Killed):
+        main(monkeypatch, *(x for x in flags if x not in ("--steps", "3")), "--device", "cpu")
+    assert found == [(3000, 1)]
+
+
 # ---------------------------------------------------------------------------------------------- what can go wrong
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (["--head", "bins"], "--head must be flow or tokens, not bins"),
-        (["--size", "huge"], "--size must be tiny, small, base"),
         (["--batch-size", "6", "--accumulate", "4"], "--batch-size 6 cannot be cut"),
         (["--weights", "1", "2"], "--weights needs one number for each of the 1 files"),
         (["--weights", "0"], "--weights must be at least 0, and one of them more"),
@@ -417,7 +520,6 @@ def test_what_a_run_leaves_behind(flags, tmp_path, monkeypatch, corpus, drawer_t
         (["--crop", "0.2"], "--crop must be between 0.5 and 1"),
         (["--max-episodes", "0"], "--max-episodes must be at least 1"),
         (["--max-episodes", "1"], "the validation split is empty: 1 episodes in all"),
-        (["--device", "tpu"], "--device must be auto, cpu or cuda"),
         (["--vision", "nowhere/at-all", "--device", "cpu"], "--vision"),
     ],
 )
@@ -428,6 +530,13 @@ def test_flags_that_cannot_work(flags, monkeypatch, changes, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         main(monkeypatch, *flags, *changes)
     assert "\n" not in str(error.value) and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("changes", [["--head", "bins"], ["--size", "huge"], ["--device", "tpu"], ["--steps", "many"]])
+def test_words_that_are_no_choice(flags, monkeypatch, changes, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(monkeypatch, *flags, *changes)
+    assert changes[0] in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
@@ -482,7 +591,7 @@ def test_a_picture_found_damaged_amid_training(corpus, tmp_path, num_workers):
     with pytest.raises(UserError, match=rf"copy.hdf5: {name} is damaged, cannot be read") as error:
         run_training(copy_, tmp_path / "run", steps=8, batch_size=16, num_workers=num_workers)
     assert "\n" not in str(error.value)
-    assert 2 <= load_checkpoint(tmp_path / "run" / "checkpoint.pt", "vla_training")["step"] <= 4
+    assert 2 <= kept(tmp_path / "run")["step"] <= 4
     (tmp_path / "good.hdf5").write_bytes(good)
     (tmp_path / "good.hdf5").replace(copy_)  # another file of that name: HDF5 may still hold the damaged one open
     assert same(run_training(copy_, tmp_path / "run", steps=8, batch_size=16), whole)
@@ -504,8 +613,28 @@ def test_a_killed_reader(corpus, tmp_path, monkeypatch):
     assert same(run_training(corpus, tmp_path / "run", steps=8, num_workers=1), whole)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("DataLoader worker (pid 7) is killed"), ConnectionResetError(), EOFError()])
-def test_a_reader_killed_at_any_moment(monkeypatch, error):
+KILLED = "DataLoader worker (pid 7) is killed by signal: "
+SHARED = "It is possible that dataloader's workers are out of shared memory. Please try to raise your shared memory limit."
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (RuntimeError(f"{KILLED}Killed. "), "was killed .*--resume"),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "was killed .*--resume"),
+        (ConnectionResetError(), "was killed .*--resume"),
+        (EOFError(), "was killed .*--resume"),
+        (RuntimeError(f"{KILLED}Bus error. {SHARED}"), "no shared memory left .*--num-workers 0, or .*--shm-size"),
+        (
+            RuntimeError(
+                "Caught RuntimeError in DataLoader worker process 0.\nunable to allocate shared memory(shm) for file </torch_7>: "
+                "No space left on device (28)"
+            ),
+            "no shared memory left",
+        ),
+    ],
+)
+def test_a_reader_killed_at_any_moment(monkeypatch, error, message):
     def batches_until_it_dies(*args, **kwargs):
         yield {}
         raise error
@@ -513,13 +642,14 @@ def test_a_reader_killed_at_any_moment(monkeypatch, error):
     monkeypatch.setattr(vla_data, "DataLoader", batches_until_it_dies)
     source = vla_data.batches(None, None, range(0), [], 1, False)
     assert next(source) == {}
-    with pytest.raises(UserError, match="was killed .*--resume"):
+    with pytest.raises(UserError, match=message):
         next(source)
 
 
 def test_another_error_of_a_reader_stays_what_it_is():
-    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-    assert vla_data.explained(error) is error
+    for text in ("mat1 and mat2 shapes cannot be multiplied", "Caught RuntimeError in DataLoader worker process 0.\nnot ours"):
+        error = RuntimeError(text)
+        assert vla_data.explained(error) is error
 
 
 def test_an_instruction_too_long(corpus):
@@ -552,12 +682,13 @@ def test_pretrained_encoders(tmp_path, corpus):
     bert = {"vocab_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     transformers.BertModel(transformers.BertConfig(**bert)).save_pretrained(tmp_path / "bert")
     corpora = read_corpora([corpus])
-    model = VLA("flow", "micro", 4, 32, 30, vision=str(tmp_path / "vit"), text=str(tmp_path / "bert"))
+    model = VLA("flow", "tiny", 4, 32, 30, vision=str(tmp_path / "vit"), text=str(tmp_path / "bert"))
     model.fit(Chunks(corpora, 4).statistics())
     before = copy.deepcopy(model.state_dict())
-    train(micro_args(), model, corpora, [], 3, tmp_path, {})
+    with opened(vla_pretrain, tmp_path / "runs") as run:
+        train(run.args, model, corpora, [], 3, run, {})
     for part in ("vision.net", "text.net"):  # they learn too
         assert any(not torch.equal(v, before[k]) for k, v in model.state_dict().items() if k.startswith(part))
-    assert same(load_model(tmp_path)[0].state_dict(), model.state_dict())
+    assert same(load_model(run.folder)[0].state_dict(), model.state_dict())
     with pytest.raises(UserError, match="--vision .*nowhere: not a model id or folder that loads here"):
-        VLA("flow", "micro", 4, 32, 30, vision=str(tmp_path / "nowhere"))
+        VLA("flow", "tiny", 4, 32, 30, vision=str(tmp_path / "nowhere"))

@@ -12,6 +12,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -287,7 +288,13 @@ def explained(error: Exception) -> Exception:
 
     If the worker dies while it hands a batch over, that is the broken connection.
     """
-    if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+    said = str(error)
+    if "Bus error" in said or ("shared memory" in said and "No space left" in said):
+        return UserError(
+            "the processes that read the corpora have no shared memory left (/dev/shm is small in containers); --resume the run with "
+            "--num-workers 0, or give the container more (docker run --shm-size 1g)"
+        )
+    if isinstance(error, RuntimeError) and not ("DataLoader worker (pid" in said and ("killed" in said or "exited" in said)):
         return error
     return UserError("a process that reads the corpora was killed (out of memory?); --resume the run, perhaps with more memory free")
 
@@ -305,14 +312,22 @@ class _Sized:
 def describe(corpora: Sequence[Corpus]) -> list[dict]:
     """Corpora for config.json and checkpoints."""
     return [
-        {"path": c.path, "task": c.task, "source": c.source, "episodes": len(c.demos), "steps": int(sum(c.lengths)), "mujoco": c.mujoco}
+        {
+            "file": "/".join(Path(c.path).parts[-2:]),
+            "task": c.task,
+            "language": c.language,
+            "source": c.source,
+            "episodes": len(c.demos),
+            "steps": int(sum(c.lengths)),
+            "mujoco": c.mujoco,
+        }
         for c in corpora
     ]
 
 
 def fingerprint(corpora: Sequence[Corpus]) -> str:
-    """Tells whether a resumed run still has the same episodes, wherever their files lie now."""
+    """Twelve hex digits that tell whether a resumed run still has the same episodes, wherever their files lie now."""
     content = [
         [c.task, c.image_size, c.renderer, [(c.file.demos[d].digest, n) for d, n in zip(c.demos, c.lengths, strict=True)]] for c in corpora
     ]
-    return hashlib.sha256(repr(content).encode()).hexdigest()
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
