@@ -17,6 +17,7 @@ Writes OUT/compare.md, compare.json, compare.png (paths from above, pairwise DTW
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from common.cli import UserError, atomic_path, run_command
 from common.data import Episode, read_episodes
 from common.demos import collect, strategies
 from common.libero import Task, load_task
-from common.runs import Progress, read_finished, write_json
+from common.runs import Progress, read_config, read_finished, stored_args, write_json
 
 SCRIPTS = ("gaussian_ppo", "diffusion_ppo", "dlr_discover")
 NO_METHOD = {"seed", "run_folder", "resume", "videos", "corpus_images", "checkpoint_interval", "assets"}  # flags that change no result
@@ -169,17 +170,27 @@ def run_scripts(args: Args, task: Task) -> list[Path]:
             raise UserError(f"--scripts: there is no {script!r}; choose from {' '.join(SCRIPTS)}")
         for seed in args.seeds:
             pattern = f"{task.id.replace('/', '-')}__{script}__{seed}__*"
-            found = sorted(Path(args.run_folder).glob(pattern))
-            finished = [f for f in found if (f / "summary.json").exists()]
-            if not finished:
+            found = [f for f in sorted(Path(args.run_folder).glob(pattern)) if by_default(f, script)]
+            if not any((f / "summary.json").exists() for f in found):
                 flags = ["--resume", str(found[-1])] if found else ["--task", task.id, "--seed", str(seed), "--run-folder", args.run_folder]
                 flags += ["--assets", args.assets] if args.assets and not found else []
                 print(f"{script}.py {' '.join(flags)}", flush=True)
                 if code := subprocess.run([sys.executable, f"{script}.py", *flags]).returncode:
                     raise UserError(f"{script}.py ended with exit code {code}; the table needs all runs")
-                finished = [f for f in sorted(Path(args.run_folder).glob(pattern)) if (f / "summary.json").exists()]
-            folders.append(finished[-1])
+                found = [f for f in sorted(Path(args.run_folder).glob(pattern)) if by_default(f, script)]
+            folders.append([f for f in found if (f / "summary.json").exists()][-1])
     return folders
+
+
+def by_default(folder: Path, script: str) -> bool:
+    """Whether a run has the script's default flags, but for those that change no result; not if it can't be told."""
+    cls = importlib.import_module(script).Args
+    try:
+        mine = stored_args(cls, read_config(folder)["args"])
+    except UserError:
+        return False
+    names = {f.name for f in dataclasses.fields(cls)} - NO_METHOD - {"task", "device", "backend"}
+    return all(getattr(mine, name) == getattr(cls(), name) for name in names)
 
 
 def patterns_of(episodes: list[Episode]) -> list[int]:

@@ -121,3 +121,33 @@ def test_runs_or_a_task_not_both_and_not_neither(monkeypatch, flags):
     monkeypatch.setattr(sys, "argv", ["compare", *flags])
     with pytest.raises(UserError, match="give run folders, or --task"):
         compare.main()
+
+
+def test_runs_with_other_flags_are_not_taken_for_those_with_the_default_ones(monkeypatch, tmp_path):
+    """Finished ones are kept, stopped ones resumed, both only if their flags are the script's own."""
+    calls = []
+
+    def run(words):
+        calls.append(words[1:])
+        made("made", {})
+        return SimpleNamespace(returncode=0)
+
+    def made(name, args, finished=True):
+        folder = tmp_path / f"suite-task__gaussian_ppo__1__{name}"
+        folder.mkdir()
+        args = {"task": "suite/task", "seed": 1, "run_folder": str(tmp_path), "device": "cpu", "backend": "cpu", "videos": False} | args
+        write_json(folder / "config.json", {"script": "gaussian_ppo", "args": args})
+        if finished:
+            write_json(folder / "summary.json", {})
+        return folder
+
+    monkeypatch.setattr(compare.subprocess, "run", run)
+    args = compare.Args(task="suite/task", run_folder=str(tmp_path), scripts=["gaussian_ppo"])
+    task = SimpleNamespace(id="suite/task")
+    made("other", {"gamma": 0.997})
+    stopped = made("stopped", {}, finished=False)
+    made("unreadable", {})
+    (tmp_path / "suite-task__gaussian_ppo__1__unreadable" / "config.json").write_text("{")
+    (found,) = compare.run_scripts(args, task)
+    assert found.name.endswith("made") and calls == [["gaussian_ppo.py", "--resume", str(stopped)]]
+    assert compare.run_scripts(args, task) == [found] and len(calls) == 1

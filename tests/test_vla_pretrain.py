@@ -445,6 +445,13 @@ def test_two_processes_train_as_one(corpus, flags, tmp_path, monkeypatch):
     assert relative(trained, expected, state) < 0.05  # in bfloat16, where the CPU has it
 
 
+def test_torchrun_is_shown_with_a_port_of_its_own():
+    """Without --standalone two runs on a machine want the same port."""
+    pages = [p for pattern in ("*.md", "*.py", "docs/*.md", "common/*.py", "benchmarks/*.py") for p in ROOT.glob(pattern)]
+    commands = [line for page in pages for line in page.read_text().splitlines() if "torchrun -" in line]
+    assert commands and all("--standalone" in line for line in commands)
+
+
 def test_what_a_run_leaves_behind(flags, tmp_path, monkeypatch, corpus, drawer_task):
     main(monkeypatch, *flags)
     (run,) = (tmp_path / "runs").iterdir()
