@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common import rollout
 from common.cli import Count, NotNegative, Positive, PositiveOrInf, Range, UserError, run_command
 from common.data import vla as vla_data
-from common.data.vla import ACTION_SIZE, CAMERAS, PROPRIO, Chunks, Corpus, Order
+from common.data.vla import ACTION_SIZE, CAMERAS, PROPRIO, Chunks, Order
 from common.libero import Task, load_task, make_env
 from common.libero.assets import assets_like
 from common.libero.renderers import Renderer, available, make_renderer
@@ -164,7 +164,7 @@ def learning_rate(args: Args, step: int, steps: int) -> float:
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, steps - args.warmup)))
 
 
-def train(args: Args, model: VLA, training: list[Corpus], validation: list[Corpus], steps: int, run: SharedRun, meta: dict) -> dict:
+def train(args: Args, model: VLA, training: Chunks, validation: Chunks, steps: int, run: SharedRun, meta: dict) -> dict:
     """Train `model` (left with the averaged weights) for `steps` steps, going on from the run's checkpoint.
 
     Writes model.pt with `meta` into the run's folder. Returns the last validation's losses and the speed.
@@ -187,8 +187,8 @@ def train(args: Args, model: VLA, training: list[Corpus], validation: list[Corpu
         if rank() == 0:
             save_model(run.folder / "model.pt", average, meta | {"step": step})
 
-    batches, held_out = Batches(args, model, Chunks(training, model.config["chunk"])), Chunks(validation, model.config["chunk"])
-    log = Log(run, batches, Batches(args, average, held_out) if len(held_out) else None, step, steps, results)
+    batches = Batches(args, model, training)
+    log = Log(run, batches, Batches(args, average, validation) if len(validation) else None, step, steps, results)
     learner: nn.Module = model
     if world_size() > 1:
         unused = bool(model.config["vision"] or model.config["text"])  # pretrained encoders have parts, like poolers, without a use here
@@ -383,15 +383,15 @@ def main() -> None:
     if args.replan > model.config["chunk"]:
         raise UserError(f"--replan {args.replan} is more than the {model.config['chunk']} actions of a chunk")
     if corpora:
-        training, validation = vla_data.split(corpora, args.val_fraction, args.seed)
-        chunks = Chunks(training, model.config["chunk"])
+        parts = vla_data.split(corpora, args.val_fraction, args.seed)
+        training, validation = (Chunks(part, model.config["chunk"]) for part in parts)
         if not args.checkpoint:
-            model.fit(chunks.statistics())
+            model.fit(training.statistics())
         for name in ("renderer", "assets"):
             then, now = meta.get(name), getattr(corpora[0], name)
             if then not in (None, now) and not args.allow_mismatch:
                 raise UserError(f"{name} mismatch: {then} in {args.checkpoint}, {now} in {corpora[0].path}; or pass --allow-mismatch")
-        order = Order(chunks.sizes, args.weights or [1.0] * len(training), args.batch_size, args.seed)
+        order = Order(training.sizes, args.weights or [1.0] * len(training.sizes), args.batch_size, args.seed)
         steps = max(1, round(args.epochs * order.steps_per_epoch))
         meta = {"renderer": corpora[0].renderer, "assets": corpora[0].assets, "versions": versions(), "seed": args.seed, "pretrained": meta}
         meta |= {"tasks": sorted({c.task for c in corpora}), "corpora": vla_data.describe(corpora)}

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.cli import Count, NotNegative, Positive, PositiveOrInf, Range, run_command
 from common.data import vla as vla_data
-from common.data.vla import Chunks, Corpus
+from common.data.vla import Chunks
 from common.runs import versions
 from common.vla_model import VLA, crop_side, save_model
 from common.vla_training import Batches, Log, ReadError, SharedRun, TrainingArgs, autocast, distributed, prepare, rank, world_size
@@ -77,7 +77,7 @@ def learning_rate(args: Args, step: int, steps: int) -> float:
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - args.warmup) / max(1, steps - args.warmup)))
 
 
-def train(args: Args, model: VLA, training: list[Corpus], validation: list[Corpus], steps: int, run: SharedRun, meta: dict) -> dict:
+def train(args: Args, model: VLA, training: Chunks, validation: Chunks, steps: int, run: SharedRun, meta: dict) -> dict:
     """Train `model` (left with the averaged weights) for `steps` steps, going on from the run's checkpoint.
 
     Writes model.pt with `meta` into the run's folder. Returns the last validation's losses and the speed.
@@ -100,8 +100,8 @@ def train(args: Args, model: VLA, training: list[Corpus], validation: list[Corpu
         if rank() == 0:
             save_model(run.folder / "model.pt", average, meta | {"step": step})
 
-    batches, held_out = Batches(args, model, Chunks(training, model.config["chunk"])), Chunks(validation, model.config["chunk"])
-    log = Log(run, batches, Batches(args, average, held_out) if len(held_out) else None, step, steps, results)
+    batches = Batches(args, model, training)
+    log = Log(run, batches, Batches(args, average, validation) if len(validation) else None, step, steps, results)
     learner: nn.Module = model
     if world_size() > 1:
         unused = bool(model.config["vision"] or model.config["text"])  # pretrained encoders have parts, like poolers, without a use here
@@ -154,10 +154,10 @@ def main() -> None:
     device = prepare(run)
     run.args = args = dataclasses.replace(run.args, steps=run.args.steps or (10_000 if device.type == "cuda" else 3000))
     corpora = args.read()
-    training, validation = vla_data.split(corpora, args.val_fraction, args.seed)
+    training, validation = (Chunks(part, args.chunk) for part in vla_data.split(corpora, args.val_fraction, args.seed))
     image_size = corpora[0].image_size
     model = VLA(args.head, args.size, args.chunk, image_size, crop_side(args.crop, image_size), args.vision, args.text)
-    model.fit(Chunks(training, args.chunk).statistics()).to(device)
+    model.fit(training.statistics()).to(device)
     meta = {"renderer": corpora[0].renderer, "assets": corpora[0].assets, "versions": versions(), "seed": args.seed}
     meta |= {"tasks": sorted({c.task for c in corpora}), "corpora": vla_data.describe(corpora)}
     with distributed(device):
@@ -165,8 +165,8 @@ def main() -> None:
         run.open(name, {"data": vla_data.fingerprint(corpora), "assets": meta["assets"], "renderer": meta["renderer"]}, **meta)
         results = train(args, model, training, validation, args.steps, run, meta)
     if rank() == 0:
-        losses = " and ".join(f"{name} {results[name]:.4f}" for name in ("validation", "action_l1") if name in results)
-        run.finish({"parameters": sum(p.numel() for p in model.parameters()), **results, **meta}, f"{results['steps']} steps, {losses}")
+        said = ["steps {steps}", *(f"{name} {{{name}:.4f}}" for name in ("validation", "action_l1") if name in results)]
+        run.finish({"parameters": sum(p.numel() for p in model.parameters()), **results, **meta}, ", ".join(said).format(**results))
 
 
 if __name__ == "__main__":

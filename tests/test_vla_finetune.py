@@ -173,8 +173,9 @@ def test_mismatches_are_errors_unless_allowed(drawer_task):
 
 def test_both_scripts_train_alike(corpus, tmp_path):
     """Each has a loop of its own; from the same weights, with the same flags, they end in the same weights."""
-    training, validation = vla_data.split(vla_data.read_corpora([corpus]), 0.2, 1)
-    start = VLA("flow", "tiny", 4, 32, 30).fit(vla_data.Chunks(training, 4).statistics())
+    parts = vla_data.split(vla_data.read_corpora([corpus]), 0.2, 1)
+    training, validation = (vla_data.Chunks(part, 4) for part in parts)
+    start = VLA("flow", "tiny", 4, 32, 30).fit(training.statistics())
     flags = {"eval_interval": 3, "accumulate": 2, "ema": 0.5, "max_grad_norm": 0.1, "weight_decay": 0.1}
     found = []
     for script in (vla_pretrain, vla_finetune):

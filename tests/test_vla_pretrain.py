@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import fcntl
 import json
 import math
 import os
@@ -298,12 +299,20 @@ def opened(script, folder: Path, **changes):
         yield run
     finally:
         run.writer.close()
+        let_go(run)
+
+
+def let_go(run) -> None:
+    """Unlock a run as the end of its process does, together with that of those which read for it."""
+    if getattr(run, "_locked", None):
+        fcntl.flock(run._locked, fcntl.LOCK_UN)
         run._locked.close()
 
 
 def run_training(corpus, folder: Path, steps: int = 6, **changes) -> dict[str, torch.Tensor]:
-    training, validation = vla_data.split(read_corpora([corpus]), 0.2, 1)
-    model = micro_model(training)
+    parts = vla_data.split(read_corpora([corpus]), 0.2, 1)
+    model = micro_model(parts[0])
+    training, validation = (Chunks(part, 4) for part in parts)
     with opened(vla_pretrain, folder, **changes) as run:
         results = train(run.args, model, training, validation, steps, run, {})
     assert results["steps"] == steps and results["tflops_per_second"] > 0
@@ -423,8 +432,7 @@ def run_main(monkeypatch, script, *flags: str) -> None:
     finally:
         monkeypatch.setattr(SharedRun, "__init__", init)
         for run in runs:
-            if hasattr(run, "_locked"):
-                run._locked.close()
+            let_go(run)
 
 
 def test_two_processes_train_as_one(corpus, flags, tmp_path, monkeypatch):
@@ -693,7 +701,7 @@ def test_pretrained_encoders(tmp_path, corpus):
     model.fit(Chunks(corpora, 4).statistics())
     before = copy.deepcopy(model.state_dict())
     with opened(vla_pretrain, tmp_path / "runs") as run:
-        train(run.args, model, corpora, [], 3, run, {})
+        train(run.args, model, Chunks(corpora, 4), Chunks([], 4), 3, run, {})
     for part in ("vision.net", "text.net"):  # they learn too
         assert any(not torch.equal(v, before[k]) for k, v in model.state_dict().items() if k.startswith(part))
     assert same(load_model(run.folder)[0].state_dict(), model.state_dict())
