@@ -886,8 +886,10 @@ def of_another_task(path):
 
 
 def with_nan(path):
+    """In every demonstration: of some, those would be left out, and said to be."""
     with h5py.File(path, "r+") as file:
-        file["data/demo_3/actions"][5, 2] = np.nan
+        for demo in file["data"].values():
+            demo["actions"][5, 2] = np.nan
 
 
 def without_success(path):
@@ -905,7 +907,7 @@ def without_success(path):
         (garbage, "not an HDF5 file"),
         (foreign, "foreign layout"),
         (of_another_task, "made for another task: turn_on_the_stove.bddl, not open_the_middle_drawer"),
-        (with_nan, "demo_3/actions: NaN or infinite at step 5"),
+        (with_nan, "no demonstration can be used: demo_0: actions: NaN or infinite at step 5 (and 19 more)"),
         (without_success, "no successful demonstration"),
     ],
     ids=["missing", "truncated", "not HDF5", "foreign", "another task", "NaN", "failures only"],
