@@ -25,6 +25,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import cdist
 from torch import nn
 from torch.distributions import Categorical, Laplace, Normal
@@ -44,7 +45,7 @@ class Args(rollout.JobArgs):
 
     # Discover
     num_patterns: Count | Literal["auto"] = 8
-    """K, or auto: the K from 2 to 12 with the best silhouette"""
+    """K, or auto: as many, up to 12, as unseen demonstrations confirm (prediction strength of at least 0.8)"""
     label_level: Literal["trajectory", "state"] = "trajectory"
     """whether a whole demonstration has one pattern, or each of its states its own"""
     vib_beta: NotNegative = 0.3
@@ -275,21 +276,93 @@ def episode_pattern(labels: np.ndarray) -> int:
     return int(np.bincount(labels).argmax())
 
 
-def choose_num_patterns(args: Args, paths: np.ndarray, layout: dict[str, slice], say: Callable[[str], None]) -> int:
-    """K from 2 to 12 with the largest mean silhouette (Rousseeuw 1987) of the discovered labels.
+def without_start(x: np.ndarray, start: np.ndarray, groups: int = 12, ridge: float = 5.0) -> np.ndarray:
+    """(N, D) trajectories less what their starts (N, S) explain: linear slopes, estimated within `groups` small clusters.
 
-    The silhouette of a demonstration is (b - a) / max(a, b): a is its mean distance to the others of its pattern, b to those
-    of the nearest other pattern. The ELBO can't choose: it keeps rising with K, as further patterns split one way of
-    doing the task by where its objects stood.
+    Over all demonstrations, few as they are, start and way correlate by chance, and a part of the way would be taken out.
     """
-    features = np.stack([pattern_features(path, layout).ravel() for path in paths])
-    distances = cdist(features, features, "cityblock")
-    scores = {}
-    for k in range(2, min(12, len(paths) // 2) + 1):
-        labels = [episode_pattern(rows) for rows in discover(args, paths, layout, k)[1]]
-        scores[k] = metrics.silhouette(distances, labels)
-        say(f"Discover: K = {k}, silhouette {scores[k]:.3f}")
-    return max(scores, key=scores.get)
+    start = (start - start.mean(0)) / (start.std(0) + 1e-3)
+    slopes = np.zeros((start.shape[1], x.shape[1]))
+    for _ in range(3):
+        tree = linkage(x - start @ slopes, "ward")
+        within = np.eye(groups)[fcluster(tree, groups, "maxclust") - 1]  # (N, groups) one-hot
+        mean = within / np.maximum(within.sum(0), 1)
+        s, y = start - within @ (mean.T @ start), x - within @ (mean.T @ x)
+        slopes = np.linalg.solve(s.T @ s + ridge * np.eye(s.shape[1]), s.T @ y)
+    return x - start @ slopes
+
+
+def cut_patterns(x: np.ndarray, num_patterns: int, least: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """At most K patterns of at least `least` trajectories (N, D), from Ward's tree; a stray one goes to the nearest.
+
+    Returns: labels (N,) and centres (K, D). One pattern if there are no two of that size.
+    """
+    tree, found = linkage(x, "ward"), np.zeros(len(x), int)
+    for clusters in range(2, len(x)):
+        labels = fcluster(tree, clusters, "maxclust") - 1
+        sizes = np.bincount(labels)
+        big = np.flatnonzero(sizes >= least)
+        if found.max() + 1 < len(big) <= num_patterns:
+            centres = np.stack([x[labels == k].mean(0) for k in big])
+            found = cdist(x, centres).argmin(1)
+        if sizes.max() < least or len(big) >= num_patterns:
+            break
+    return found, np.stack([x[found == k].mean(0) for k in range(found.max() + 1)])
+
+
+def prediction_strength(confusion: np.ndarray) -> np.ndarray:
+    """(splits, K, K) counts of found x recognised -> (K,) share of a pattern's pairs that are recognised as one, mean over splits."""
+    n = confusion.sum(2)
+    return ((np.square(confusion).sum(2) - n) / np.maximum(n * (n - 1), 1)).mean(0)
+
+
+def choose_num_patterns(args: Args, paths: np.ndarray, layout: dict[str, slice], say: Callable[[str], None]) -> int:
+    """How many patterns, up to 12, are confirmed by demonstrations that they weren't found in.
+
+    Prediction strength (Tibshirani and Walther 2005): fit one half, recognise the other, compare with what the other's own
+    fit finds. The weakest pattern is merged with the one that it is taken for until it reaches 0.8. One way cut in two along its longest
+    direction is predicted well, too: patterns whose mean paths are less than 1.5 cm apart are merged first. The ELBO can't
+    choose: it keeps rising with K.
+    """
+    features = np.stack([pattern_features(path, layout) for path in paths])  # (N, points, F)
+    x = without_start(features.reshape(len(paths), -1), features[:, 0], min(12, len(paths) // 4))
+    labels, centres = cut_patterns(x, 12)
+    rng, confusions = np.random.default_rng(args.seed), []
+    for _ in range(10):
+        side, order = np.zeros(len(x), bool), np.concatenate([rng.permutation(np.flatnonzero(labels == k)) for k in range(len(centres))])
+        side[order[::2]] = True  # half of each pattern
+        (own_a, a), (own_b, b) = cut_patterns(x[side], len(centres)), cut_patterns(x[~side], len(centres))
+        name_a, name_b = (
+            np.array([np.bincount(labels[half][own == k]).argmax() for k in range(own.max() + 1)])
+            for half, own in ((side, own_a), (~side, own_b))
+        )
+        for half, found, name, seen in ((~side, name_b[own_b], name_a, a), (side, name_a[own_a], name_b, b)):
+            confusions.append(metrics.confusion_matrix(found, name[cdist(x[half], seen).argmin(1)], len(centres)))
+    confusion, members = np.stack(confusions), np.bincount(labels)
+    while len(members) > 1:
+        apart = cdist(centres, centres) / math.sqrt(x.shape[1] / 3) + np.diag(np.full(len(members), np.inf))
+        strength = prediction_strength(confusion)
+        if apart.min() < 0.015:
+            k, other = np.unravel_index(apart.argmin(), apart.shape)
+            reason = f"are {100 * apart.min():.1f} cm apart"
+        elif strength.min() < 0.8:
+            k = int(strength.argmin())
+            mistaken = (confusion + confusion.transpose(0, 2, 1)).sum(0)[k]
+            mistaken[k] = -1
+            other, reason = int(mistaken.argmax()), f"are mistaken for each other (prediction strength {strength[k]:.2f})"
+        else:
+            say(f"Discover: {len(members)} patterns, prediction strength of the weakest {strength.min():.2f}")
+            return len(members)
+        say(f"Discover: patterns of {members[k]} and {members[other]} demonstrations {reason}: merged")
+        k, other = sorted((int(k), int(other)))
+        centres[k] = np.average(centres[[k, other]], axis=0, weights=members[[k, other]])
+        members[k] += members[other]
+        confusion[:, k] += confusion[:, other]
+        confusion[:, :, k] += confusion[:, :, other]
+        centres, members = np.delete(centres, other, 0), np.delete(members, other)
+        confusion = np.delete(np.delete(confusion, other, 1), other, 2)
+    say("Discover: one pattern")
+    return 1
 
 
 # ---------------------------------------------------------------------------------------------- the policy

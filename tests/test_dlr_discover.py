@@ -233,12 +233,52 @@ def test_discover_at_state_level_labels_each_state():
     assert dlr_discover.episode_pattern(np.array([2, 0, 2, 1])) == 2
 
 
-def test_choose_num_patterns_finds_four():
-    demos, _ = four_ways(60, strays=2)
+def known_ways(ways: int, number: int, seed: int) -> np.ndarray:
+    """Paths in `ways` known ways, decimetres apart, past a bowl that stands elsewhere each time and moves the whole path."""
+    rng = np.random.default_rng(seed)
+    via = np.random.default_rng(ways).permutation(np.stack(np.meshgrid([-0.2, 0.2], [-0.2, 0.2], [0.1, 0.4]), -1).reshape(8, 3))
+    t, demos = np.linspace(0, 1, 80)[:, None], []
+    for i in range(number):
+        bowl = np.array([0.4, 0.0, 0.05]) + rng.normal(scale=0.05, size=3) * [1, 1, 0]
+        drift = rng.normal(scale=0.005, size=3) * np.sin(np.pi * t) + rng.normal(scale=0.002, size=(80, 3))
+        hand = [0.0, 0.0, 0.2] * (1 - t) + bowl * t + np.sin(np.pi * t) * via[i % ways] + drift
+        demos.append(observations(hand, bowl=bowl))
+    return paths_of(demos)
+
+
+@pytest.mark.parametrize("ways", [1, 2, 5, 8])
+def test_choose_num_patterns_finds_the_known_ways(ways):
     said = []
-    args = Args(discover_steps=60)
-    assert dlr_discover.choose_num_patterns(args, paths_of(demos), LAYOUT, said.append) == 4
-    assert len(said) == 11 and said[0].startswith("Discover: K = 2, silhouette") and "K = 12" in said[-1]
+    assert dlr_discover.choose_num_patterns(Args(), known_ways(ways, 96, seed=3), LAYOUT, said.append) == ways
+    assert ("one pattern" if ways == 1 else f"{ways} patterns") in said[-1]
+    assert all("merged" in line for line in said[:-1])
+
+
+def test_identical_demonstrations_are_one_pattern():
+    assert dlr_discover.choose_num_patterns(Args(), np.repeat(known_ways(1, 1, 0), 40, axis=0), LAYOUT, print) == 1
+
+
+def test_a_stray_demonstration_is_no_pattern():
+    rng = np.random.default_rng(0)
+    x = np.repeat(np.eye(4), 8, axis=0) + rng.normal(scale=0.05, size=(32, 4))
+    x[0] += 20.0
+    labels, centres = dlr_discover.cut_patterns(x, 4)
+    assert len(centres) == 4 and metrics.adjusted_rand_index(labels[1:], np.repeat(np.arange(4), 8)[1:]) == 1.0
+
+
+def test_what_the_start_explains_is_taken_out_and_the_way_is_not():
+    rng = np.random.default_rng(0)
+    start, way = rng.normal(size=(96, 2)), np.arange(96) % 2
+    x = 0.3 * start @ rng.normal(size=(2, 10)) + np.outer(way, np.ones(10)) + rng.normal(scale=0.05, size=(96, 10))
+    left = dlr_discover.without_start(x, start)
+    between = left[way == 1].mean(0) - left[way == 0].mean(0)
+    np.testing.assert_allclose(between, 1.0, atol=0.15)
+    assert left[way == 0].var(0).sum() < 0.25 * x[way == 0].var(0).sum()
+
+
+def test_prediction_strength_counts_pairs():
+    strength = dlr_discover.prediction_strength(np.array([[[4, 0], [1, 3]], [[2, 2], [0, 4]]]))
+    np.testing.assert_allclose(strength, [(1 + 4 / 12) / 2, (6 / 12 + 1) / 2])
 
 
 # ---------------------------------------------------------------------------------------------- Learn
