@@ -322,20 +322,3 @@ def bootstrap_interval(
     draws = values[np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))]
     low, high = np.quantile(statistic(draws, axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
-
-
-def silhouette(distances: np.ndarray, labels: Sequence[Hashable]) -> float:
-    """Mean silhouette (Rousseeuw 1987) of a labelling under (N, N) distances, in [-1, 1].
-
-    Of an item: (b - a) / max(a, b), with a its mean distance to the others of its group and b the least mean distance to
-    another group; 0 for an item alone in its group. 0 where there is one group only.
-    """
-    codes = _codes(labels)
-    members = [codes == k for k in range(codes.max() + 1)]
-    scores = np.zeros(len(codes))
-    for i, own in enumerate(codes):
-        if len(members) > 1 and members[own].sum() > 1:
-            a = distances[i, members[own]].sum() / (members[own].sum() - 1)
-            b = min(distances[i, m].mean() for k, m in enumerate(members) if k != own)
-            scores[i] = (b - a) / max(a, b)
-    return float(scores.mean())
