@@ -123,7 +123,7 @@ def train(args: Args, model: VLA, training: Chunks, validation: Chunks, steps: i
                     raise
                 last = k == args.accumulate - 1  # only then do the processes have to agree on the gradient
                 with contextlib.nullcontext() if last or world_size() == 1 else learner.no_sync():
-                    with autocast(device):
+                    with autocast(device, args.precision):
                         loss = learner(batch) / args.accumulate
                     loss.backward()
                 train_loss += loss.detach()

@@ -50,6 +50,8 @@ class TrainingArgs:
     """go on although data, renderer, assets, instruction or MuJoCo are not those of the run, or of the training that is evaluated"""
     run_folder: str = "runs"
     """where runs are written"""
+    precision: Literal["auto", "float32"] = "auto"
+    """of matrix products and convolutions: auto (bfloat16, where the hardware multiplies it) or float32"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto (CUDA, if there is a GPU), cpu or cuda"""
     compile: bool = False
@@ -172,9 +174,9 @@ def bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" or bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
 
 
-def autocast(device: torch.device):
-    """Matrix products and convolutions in bfloat16, where the hardware multiplies it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16(device))
+def autocast(device: torch.device, precision: str):
+    """Matrix products and convolutions in bfloat16, where the hardware multiplies it and `precision` isn't "float32"."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "auto" and bfloat16(device))
 
 
 def keep_memory() -> None:
@@ -260,7 +262,7 @@ def count_flops(batches: Batches) -> float:
     """Floating-point operations a sample, forward and backward."""
     batch = next(batches.fixed([0] * batches.part_size))
     with FlopCounterMode(display=False) as counter:
-        with autocast(batches.model.device):
+        with autocast(batches.model.device, batches.args.precision):
             loss = batches.model(batch)
         loss.backward()
     batches.model.zero_grad()
@@ -275,7 +277,8 @@ class Log:
         self.run, self.batches, self.held_out, self.steps, self.results = run, batches, held_out, steps, results
         model = batches.model
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        where = f"{model.device}, {'bfloat16' if bfloat16(model.device) else 'float32'}, {torch.get_num_threads()} threads"
+        precision = "bfloat16" if batches.args.precision == "auto" and bfloat16(model.device) else "float32"
+        where = f"{model.device}, {precision}, {torch.get_num_threads()} threads"
         run.progress.say(f"{parameters:.1f} M parameters on {where}; {len(batches.chunks)} training samples, {steps} steps")
         self.flops = count_flops(batches)
         run.progress.stage("train", steps, step)
@@ -312,7 +315,7 @@ class Log:
         loss, error, count = 0.0, 0.0, 0.0
         rows = torch.linspace(0, len(held_out.chunks) - 1, min(256, len(held_out.chunks))).long().unique().tolist()
         for batch in held_out.fixed(rows):
-            with torch.no_grad(), autocast(held_out.model.device):
+            with torch.no_grad(), autocast(held_out.model.device, held_out.args.precision):
                 loss += held_out.model(batch).item() * len(batch["mask"])
                 inputs = (batch[name] for name in ("images", "proprio", "tokens", "instruction"))
                 found = held_out.model.act(*inputs, batch["noise"][:, 0])

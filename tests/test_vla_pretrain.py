@@ -385,7 +385,7 @@ def test_a_loss_that_is_not_finite(corpus, tmp_path):
 
 
 def test_accumulation_is_the_whole_batch(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(vla_pretrain, "autocast", lambda device: contextlib.nullcontext())  # whose rounding Adam's first steps blow up
+    monkeypatch.setattr(vla_pretrain, "autocast", lambda *_: contextlib.nullcontext())  # whose rounding Adam's first steps blow up
     start = micro_model(vla_data.split(read_corpora([corpus]), 0.2, 1)[0]).state_dict()
     whole = run_training(corpus, tmp_path / "a", steps=4, ema=0.0)
     parts = run_training(corpus, tmp_path / "b", steps=4, ema=0.0, accumulate=4)
@@ -438,6 +438,7 @@ def run_main(monkeypatch, script, *flags: str) -> None:
 def test_two_processes_train_as_one(corpus, flags, tmp_path, monkeypatch):
     """torchrun with two gloo processes on half a batch each, against one process on the whole one."""
     monkeypatch.setitem(SIZES, "tiny", TINY)
+    flags = ["--precision", "float32", *flags]  # Adam's first steps blow up bfloat16's rounding
     main(monkeypatch, *flags)
     (alone,) = (tmp_path / "runs").iterdir()
     both = [*flags[:-1], str(tmp_path / "two")]
@@ -450,7 +451,7 @@ def test_two_processes_train_as_one(corpus, flags, tmp_path, monkeypatch):
     start = VLA("flow", "tiny", 4, 32, 30)
     trained, expected = (load_model(folder)[0].state_dict() for folder in (run, alone))
     state = start.state_dict() | {name: expected[name] for name in ("proprio_mean", "proprio_std", "action_low", "action_high")}
-    assert relative(trained, expected, state) < 0.05  # in bfloat16, where the CPU has it
+    assert relative(trained, expected, state) < 0.02
 
 
 def test_torchrun_is_shown_with_a_port_of_its_own():
