@@ -230,8 +230,8 @@ def test_pictures_of_worlds(drawer_task):
     """Traced from MuJoCo Warp's own poses into tensors: what the renderer makes of these poses, and of the states but for a few edges."""
     torch = pytest.importorskip("torch")
     cameras = ("agentview", "robot0_eye_in_hand")
-    options = dict(obs="pixels", image_size=32, cameras=cameras, settle_steps=0, max_steps=1)
-    env = make_env(drawer_task, 2, backend="warp", device="cpu", **options)
+    options = dict(obs="pixels", image_size=64, cameras=cameras, settle_steps=0, max_steps=1)
+    env = make_env(drawer_task, 2, seed=0, backend="warp", device="cpu", **options)
 
     def check(obs, states):
         expected = env.pixels(states)
