@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ from common.cli import Count, Range, UserError, check_ranges, usable_cores
 from common.data.vla import ACTION_SIZE, CAMERAS, Chunks, Corpus, Order, batches, explained, read_corpora
 from common.runs import Progress, Run, choose_device, load_checkpoint
 from common.vla_model import VLA
+
+SHARED_MEMORY = Path("/dev/shm")  # through which processes that read hand their batches over; 64 MB in a container by default
 
 # ---------------------------------------------------------------------------------------------- flags
 
@@ -81,12 +84,20 @@ class TrainingArgs:
             raise UserError(f"--batch-size {self.batch_size} cannot be cut into equal parts for {parts}")
 
     def read(self) -> list[Corpus]:
-        """The corpora of --data."""
+        """The corpora of --data. Raises UserError, too, if /dev/shm cannot hold the batches that are read ahead: torch would hang."""
         try:
-            return read_corpora(self.data, self.max_episodes, self.seed, self.filter_key, self.drop_no_ops)
+            corpora = read_corpora(self.data, self.max_episodes, self.seed, self.filter_key, self.drop_no_ops)
         except UserError as error:
             moved = self.resume and not all(Path(path).exists() for path in self.data)
             raise UserError(f"{error}; if it has moved, name all files again with --data") if moved else error from None
+        ahead = (2 * self.num_workers + 1) * self.batch_size * local_world_size() // (world_size() * self.accumulate)  # samples
+        needed = ahead * (len(CAMERAS) * 3 * corpora[0].image_size ** 2 + 1000)
+        if self.num_workers and SHARED_MEMORY.exists() and (free := shutil.disk_usage(SHARED_MEMORY).free) < needed:
+            raise UserError(
+                f"{SHARED_MEMORY} has {free / 1e6:.1f} MB free, and reading ahead takes {needed / 1e6:.1f} MB; pass --num-workers 0, or "
+                "give the container more (docker run --shm-size 1g)"
+            )
+        return corpora
 
 
 # ---------------------------------------------------------------------------------------------- processes and devices
@@ -100,11 +111,15 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def local_world_size() -> int:
+    """How many of the processes are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def prepare(run: SharedRun) -> torch.device:
     """Set torch up for the run; `run.args` then says how many threads. Returns this process's device, or UserError if it isn't there."""
     device = choose_device(run.args.device, run.args.compile)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    run.args = dataclasses.replace(run.args, torch_threads=run.args.torch_threads or max(1, usable_cores() // local))
+    run.args = dataclasses.replace(run.args, torch_threads=run.args.torch_threads or max(1, usable_cores() // local_world_size()))
     torch.set_num_threads(run.args.torch_threads)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(run.args.seed)

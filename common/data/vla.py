@@ -274,7 +274,8 @@ def batches(chunks: Chunks, order: Order, steps: range, parts: Sequence[slice], 
     Raises UserError if a file is found damaged, or a worker dies.
     """
     sampler = (order.batch(step)[part].tolist() for step in steps for part in parts)
-    loader = DataLoader(chunks, batch_size=None, sampler=_Sized(sampler), num_workers=num_workers, pin_memory=pin)
+    patience = 600 if num_workers else 0  # seconds: a worker that finds no shared memory says so on stderr, and nothing ever comes
+    loader = DataLoader(chunks, batch_size=None, sampler=_Sized(sampler), num_workers=num_workers, pin_memory=pin, timeout=patience)
     try:
         yield from loader
     except UserError as error:  # from a worker it comes with that worker's traceback
@@ -289,10 +290,10 @@ def explained(error: Exception) -> Exception:
     If the worker dies while it hands a batch over, that is the broken connection.
     """
     said = str(error)
-    if "Bus error" in said or ("shared memory" in said and "No space left" in said):
+    if "Bus error" in said or "DataLoader timed out" in said:
         return UserError(
-            "the processes that read the corpora have no shared memory left (/dev/shm is small in containers); --resume the run with "
-            "--num-workers 0, or give the container more (docker run --shm-size 1g)"
+            "no batch comes from the processes that read the corpora: the disk hangs, or /dev/shm is full; --resume the run with "
+            "--num-workers 0, or give a container more shared memory (docker run --shm-size 1g)"
         )
     if isinstance(error, RuntimeError) and not ("DataLoader worker (pid" in said and ("killed" in said or "exited" in said)):
         return error
