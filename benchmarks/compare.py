@@ -33,6 +33,7 @@ from common.cli import UserError, atomic_path, run_command
 from common.data import Episode, read_episodes
 from common.demos import collect, strategies
 from common.libero import Task, load_task
+from common.libero.make import choose_physics
 from common.runs import Progress, read_config, read_finished, stored_args, write_json
 
 SCRIPTS = ("gaussian_ppo", "diffusion_ppo", "dlr_discover")
@@ -63,7 +64,7 @@ class Args:
     runs: tyro.conf.Positional[list[Path]] = field(default_factory=list)
     """run folders, all of one task"""
     task: str | None = None
-    """run the scripts on this task instead, with their default flags"""
+    """run the scripts on this task instead, with their default flags, but to the last step (--stop-success None)"""
     seeds: list[int] = field(default_factory=lambda: [1])
     """with --task: seeds of the runs"""
     scripts: list[str] = field(default_factory=lambda: list(SCRIPTS))
@@ -163,7 +164,7 @@ def column_names(runs: list[Run]) -> list[str]:
 
 
 def run_scripts(args: Args, task: Task) -> list[Path]:
-    """Run every script with every seed; what has been finished with its default flags is kept, what was stopped is resumed."""
+    """Run every script with every seed, to the last step; what has been finished so is kept, what was stopped is resumed."""
     folders = []
     for script in args.scripts:
         if script not in SCRIPTS:
@@ -172,7 +173,8 @@ def run_scripts(args: Args, task: Task) -> list[Path]:
             pattern = f"{task.id.replace('/', '-')}__{script}__{seed}__*"
             found = [f for f in sorted(Path(args.run_folder).glob(pattern)) if by_default(f, script)]
             if not any((f / "summary.json").exists() for f in found):
-                flags = ["--resume", str(found[-1])] if found else ["--task", task.id, "--seed", str(seed), "--run-folder", args.run_folder]
+                flags = ["--task", task.id, "--seed", str(seed), "--run-folder", args.run_folder, "--stop-success", "None"]
+                flags = ["--resume", str(found[-1])] if found else flags
                 flags += ["--assets", args.assets] if args.assets and not found else []
                 print(f"{script}.py {' '.join(flags)}", flush=True)
                 if code := subprocess.run([sys.executable, f"{script}.py", *flags]).returncode:
@@ -183,14 +185,15 @@ def run_scripts(args: Args, task: Task) -> list[Path]:
 
 
 def by_default(folder: Path, script: str) -> bool:
-    """Whether a run has the script's default flags, but for those that change no result; not if it can't be told."""
+    """Whether a run has the script's default flags, but for those that change no result, and goes to the last step; not if unreadable."""
     cls = importlib.import_module(script).Args
     try:
         mine = stored_args(cls, read_config(folder)["args"])
     except UserError:
         return False
     names = {f.name for f in dataclasses.fields(cls)} - NO_METHOD - {"task", "device", "backend"}
-    return all(getattr(mine, name) == getattr(cls(), name) for name in names)
+    usual = cls(stop_success=None, physics=choose_physics(cls.physics, mine.backend))
+    return all(getattr(mine, name) == getattr(usual, name) for name in names)
 
 
 def patterns_of(episodes: list[Episode]) -> list[int]:

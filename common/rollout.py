@@ -21,7 +21,7 @@ from common.libero import Task, load_task, make_env
 from common.libero.assets import assets_like
 from common.libero.env import LiberoVectorEnv
 from common.libero.judge import goal_reached
-from common.libero.make import choose_backend
+from common.libero.make import choose_backend, choose_physics
 from common.libero.observation import StateObservation, observe_states
 from common.libero.pixels import PixelEnv
 from common.libero.render import add_images
@@ -61,8 +61,8 @@ class JobArgs:
     """auto (CUDA, if there is a GPU; for few environments with states, cpu may be faster), cpu or cuda"""
     backend: Literal["auto", "cpu", "warp"] = "auto"
     """simulator: cpu (all cores), warp (MuJoCo Warp on --device) or auto (warp on a GPU from 256 environments on)"""
-    physics: Literal["exact", "sleep"] = "exact"
-    """what training is simulated by: exact, or sleep (what rests costs nothing; CPU); evaluation and the corpus are always exact"""
+    physics: Literal["auto", "exact", "sleep"] = "auto"
+    """of training: exact, sleep (what rests costs nothing) or auto (sleep where MuJoCo has it); evaluation and corpus are always exact"""
     compile: bool = False
     """compile acting and PPO's losses (CUDA)"""
     checkpoint_interval: Count = 5
@@ -83,8 +83,9 @@ class JobArgs:
     """action noise of scripted demonstrations (standard deviation, in units of the action range)"""
 
     # Roll out
-    stop_success: Fraction | None = None
-    """stop training when each pattern's last 50 episodes, and then the evaluation, succeed so often (None: train for all --total-steps)"""
+    stop_success: Fraction | None = 0.95
+    """stop training when the last 50 episodes of each pattern, and then the evaluation, succeed so often (mean; each pattern within 5
+    points of it). None: train for all --total-steps, as a comparison at equal steps needs"""
     eval_episodes: Count = 50
     """official init states to evaluate each pattern on (at most 50)"""
     corpus_episodes: Count = 20
@@ -113,7 +114,7 @@ class Job:
         else:
             made_on = None if args.demos in ("auto", "scripted") else read_attrs(args.demos).get("assets")
             self.task = task = load_task(args.task, args.assets, made_on, args.demos)
-        run.progress.say(f"task {task.id}: {task.language}; simulator {args.backend}, learner on {args.device}")
+        run.progress.say(f"task {task.id}: {task.language}; simulator {args.backend}, physics {args.physics}, learner on {args.device}")
         self.renderer, self.videos = find_renderer(args.obs, args.videos, args.corpus_images, run.progress)
         how = {"obs": args.obs, "image_size": args.image_size, "backend": args.backend, "device": args.device}
         self.train_env = make_env(task, args.num_envs, seed=args.seed, physics=args.physics, **how)
@@ -128,14 +129,19 @@ class Job:
         if self.args.obs == "pixels":
             depends["image_assets"] = self.task.image_assets
         self.run.open(self.task.id, depends, demos=self.demo_source, renderer=self.renderer)
+        self.run.checkpoint["physics"] = self.args.physics
 
     def observed_demos(self) -> list:
         """What the policy would have seen in the demonstrations; see `observe_demos`."""
         return observe_demos(self.train_env, self.demos, self.run.progress)
 
-    def evaluate(self, policy: Policy, patterns: Sequence[int], stage: str) -> list[dict]:
-        """Success of each pattern from the official init states, rows of summary.json's `per_pattern`; and a line about it."""
-        rows, _ = evaluate(self.eval_env, policy, patterns, self.args.eval_episodes, self.run.progress, f"evaluate {stage}")
+    def evaluate(self, policy: Policy, patterns: Sequence[int], stage: str, passes: Callable[[list[float]], bool] | None = None):
+        """Success of each pattern from the official init states, rows of summary.json's `per_pattern`, and a line about it; with `passes`,
+        None as soon as it could not say True of the rates any more."""
+        rows, _ = evaluate(self.eval_env, policy, patterns, self.args.eval_episodes, self.run.progress, f"evaluate {stage}", passes)
+        if rows is None:
+            self.run.progress.say(f"{stage}: not yet")
+            return None
         rates = [row["success_rate"] for row in rows]
         each = f" ({', '.join(f'{rate:.0%}' for rate in rates)})" if len(rates) > 1 else ""
         self.run.progress.say(f"{stage}: success {np.mean(rates):.0%}{each}")
@@ -143,15 +149,14 @@ class Job:
 
     def train(self, trainer: Trainer, policy: Policy, patterns: Sequence[int], note: Callable[[dict[str, float]], str]) -> None:
         """Train to the end, or until `--stop-success` is reached: in training's last episodes, and then in the evaluation, which is
-        kept if it says so (every pattern within 5 points of it)."""
+        then the final one."""
 
         def done() -> bool:
             if not trainer.promising:
                 return False
             trainer.looked = trainer.iteration
-            rows = self.evaluate(policy, patterns, "Reinforce so far")
-            rates = [row["success_rate"] for row in rows]
-            if np.mean(rates) >= self.args.stop_success and min(rates) >= self.args.stop_success - 0.05:
+            rows = self.evaluate(policy, patterns, "Reinforce so far", functools.partial(succeeds, self.args.stop_success))
+            if rows is not None:
                 self.run.checkpoint["evaluation"] = rows
                 return True
             self.run.progress.stage("Reinforce", trainer.num_iterations, trainer.iteration)
@@ -174,7 +179,8 @@ class Job:
         distances = metrics.pairwise_dtw(features)
         within, between = metrics.within_between(distances, commanded)
         consistency = measure_consistency(env, policy, patterns, args.eval_episodes, args.demo_noise, args.seed + 5, progress)
-        write_corpus(run.folder, task, corpus, run.script, self.demo_source, args.corpus_images, args.assets, progress)
+        attrs = {"script": run.script, "demos": self.demo_source, "training_physics": args.physics}
+        write_corpus(run.folder, task, corpus, attrs, args.corpus_images, args.assets, progress)
         plot_corpus(run.folder, task, features, commanded, distances)
         if self.videos:
             make_videos(run.folder, task, corpus, self.renderer, progress)
@@ -192,6 +198,11 @@ class Job:
             "physics": args.physics,
             "renderer": self.renderer,
         }
+
+
+def succeeds(stop_success: float, rates: Sequence[float]) -> bool:
+    """Whether the success of all patterns is enough to stop at: their mean, and each within 5 points of it."""
+    return bool(np.mean(rates) >= stop_success and min(rates) >= stop_success - 0.05)
 
 
 class Trainer:
@@ -225,7 +236,8 @@ class Trainer:
         """Whether each pattern's last 50 episodes say that training might stop (and a tenth of it has passed since it was looked at)."""
         if self.args.stop_success is None or not self.settled or self.iteration - self.looked < self.num_iterations / 10:
             return False
-        return all(len(o) == o.maxlen and np.mean(o) >= self.args.stop_success for o in (self.outcomes[k] for k in self.alive))
+        outcomes = [self.outcomes[k] for k in self.alive]
+        return all(len(o) == o.maxlen for o in outcomes) and succeeds(self.args.stop_success, [np.mean(o) for o in outcomes])
 
     def run_iteration(self) -> dict[str, float]:
         """One rollout and update; returns what to log."""
@@ -267,7 +279,7 @@ def fingerprint(episodes: Sequence[Episode]) -> str:
 
 
 def choose_devices(args: Any) -> Any:
-    """The script's arguments with what `auto` means on this machine in the place of --device and --backend.
+    """The script's arguments with what `auto` means on this machine in the place of --device, --backend and --physics.
 
     --device cpu takes the simulator off the GPU, too: --backend warp then runs on Warp's CPU device, which is for tests. So without
     a GPU, `auto` isn't enough for it.
@@ -277,7 +289,8 @@ def choose_devices(args: Any) -> Any:
         raise UserError("--backend warp: torch finds no GPU here; use --backend cpu, or install torch's CUDA build and a driver")
     if device == "cuda":  # what distributions check about their arguments is read from the GPU, and waited for, several times a minibatch
         torch.distributions.Distribution.set_default_validate_args(False)
-    return dataclasses.replace(args, device=device, backend=choose_backend(args.backend, args.num_envs, device))
+    backend = choose_backend(args.backend, args.num_envs, device)
+    return dataclasses.replace(args, device=device, backend=backend, physics=choose_physics(args.physics, backend))
 
 
 def load_demos(
@@ -318,10 +331,11 @@ def observe_demos(env: LiberoVectorEnv, demos: Sequence[Episode], progress: Prog
     return seen
 
 
-def roll_out(env: LiberoVectorEnv, policy: Policy, jobs: Sequence[tuple[int, int]], tick: Callable[[Episode], None]) -> list[Episode]:
+def roll_out(env: LiberoVectorEnv, policy: Policy, jobs: Sequence[tuple[int, int]], tick: Callable[[Episode], Any]) -> list[Episode]:
     """Run one episode for each job (pattern, official init state, or -1 for a training reset) in an env without autoreset.
 
-    Returns the episodes in the order of the jobs, failures included; `tick(episode)` is called as each one ends.
+    Returns the episodes in the order of the jobs, failures included; `tick(episode)` is called as each one ends. If it returns True,
+    all end there; None stands for what was not finished.
     """
     todo, episodes = list(range(len(jobs)))[::-1], [None] * len(jobs)
     recorder = Recorder(env)
@@ -351,32 +365,49 @@ def roll_out(env: LiberoVectorEnv, policy: Policy, jobs: Sequence[tuple[int, int
                 pattern, init_state = jobs[current[i]]
                 episode.attrs.update(pattern=int(pattern), init_state=int(init_state))
                 episodes[current[i]] = episode
-                tick(episode)
+                if tick(episode):
+                    return episodes
         if len(ended := np.flatnonzero((terminated | truncated) & ~idle)):
             obs = assign(ended)
     return episodes
 
 
 def evaluate(
-    env: LiberoVectorEnv, policy: Policy, patterns: Sequence[int], init_states: int, progress: Progress, stage: str
-) -> tuple[list[dict], list[Episode]]:
-    """Each pattern on the first `init_states` official init states: rows for summary.json's `per_pattern`, and the episodes."""
-    jobs = [(z, i) for z in patterns for i in range(min(init_states, len(env.task.init_states)))]
-    progress.stage(stage, len(jobs))
-    outcomes: list[bool] = []
+    env: LiberoVectorEnv,
+    policy: Policy,
+    patterns: Sequence[int],
+    init_states: int,
+    progress: Progress,
+    stage: str,
+    passes: Callable[[list[float]], bool] | None = None,
+) -> tuple[list[dict] | None, list[Episode]]:
+    """Each pattern on the first `init_states` official init states: rows for summary.json's `per_pattern`, and the episodes.
 
-    def tick(episode: Episode) -> None:
-        outcomes.append(episode.success)
-        progress.update(1, f"{sum(outcomes)} succeeded, {len(outcomes) - sum(outcomes)} failed")  # no rate: failures end last
+    It ends, with None for the rows, as soon as `passes` would be False of the patterns' success rates even if all the rest succeeded.
+    """
+    each = min(init_states, len(env.task.init_states))
+    jobs = [(z, i) for i in range(each) for z in patterns]
+    progress.stage(stage, len(jobs))
+    lengths: dict[int, list[int]] = {z: [] for z in patterns}  # of those that succeeded
+    failed = dict.fromkeys(patterns, 0)
+
+    def no_use() -> bool:
+        return passes is not None and not passes([(each - n) / each for n in failed.values()])
+
+    def tick(episode: Episode) -> bool:
+        z = episode.attrs["pattern"]
+        if episode.success:
+            lengths[z].append(episode.length)
+        failed[z] += not episode.success
+        progress.update(1, f"{sum(map(len, lengths.values()))} succeeded, {sum(failed.values())} failed")  # no rate: failures end last
+        return no_use()
 
     episodes = roll_out(env, policy, jobs, tick)
-    rows = []
-    for z in patterns:
-        mine = [e for e in episodes if e.attrs["pattern"] == z]
-        lengths = [e.length for e in mine if e.success]
-        rate = float(np.mean([e.success for e in mine]))
-        rows.append({"pattern": z, "success_rate": rate, "episodes": len(mine), "mean_length": np.mean(lengths) if lengths else None})
-    return rows, episodes
+    if no_use():
+        return None, episodes
+    rates = {z: (each - failed[z]) / each for z in patterns}
+    mean = {z: np.mean(lengths[z]) if lengths[z] else None for z in patterns}
+    return [{"pattern": z, "success_rate": rates[z], "episodes": each, "mean_length": mean[z]} for z in patterns], episodes
 
 
 def collect_corpus(
@@ -439,10 +470,11 @@ def measure_consistency(
 
 
 def write_corpus(
-    run: Path, task: Task, corpus: list[Episode], script: str, demos: str, image_size: int, assets: str | None, progress: Progress
+    run: Path, task: Task, corpus: list[Episode], attrs: dict[str, str], image_size: int, assets: str | None, progress: Progress
 ) -> None:
-    """Write RUN/corpus.hdf5 in LIBERO's layout, with where it comes from, and with pictures if `image_size` isn't 0."""
-    attrs = {"script": script, "assets": task.assets, "demos": demos}
+    """Write RUN/corpus.hdf5 in LIBERO's layout, with where it comes from (`attrs` and versions), and with pictures if `image_size`
+    isn't 0."""
+    attrs = attrs | {"assets": task.assets}
     attrs |= {f"version_{name.replace('-', '_')}": value for name, value in versions().items()}
     write_episodes(run / "corpus.hdf5", corpus, task, attrs)
     if image_size:

@@ -15,6 +15,7 @@ from benchmarks import compare
 from common import metrics
 from common.cli import UserError
 from common.data import Episode
+from common.libero.make import choose_physics
 from common.runs import write_json
 
 
@@ -136,6 +137,7 @@ def test_runs_with_other_flags_are_not_taken_for_those_with_the_default_ones(mon
         folder = tmp_path / f"suite-task__gaussian_ppo__1__{name}"
         folder.mkdir()
         args = {"task": "suite/task", "seed": 1, "run_folder": str(tmp_path), "device": "cpu", "backend": "cpu", "videos": False} | args
+        args = {"stop_success": None, "physics": choose_physics("auto", "cpu")} | args
         write_json(folder / "config.json", {"script": "gaussian_ppo", "args": args})
         if finished:
             write_json(folder / "summary.json", {})
@@ -144,7 +146,8 @@ def test_runs_with_other_flags_are_not_taken_for_those_with_the_default_ones(mon
     monkeypatch.setattr(compare.subprocess, "run", run)
     args = compare.Args(task="suite/task", run_folder=str(tmp_path), scripts=["gaussian_ppo"])
     task = SimpleNamespace(id="suite/task")
-    made("other", {"gamma": 0.997})
+    for k, other in enumerate(({"gamma": 0.997}, {"stop_success": 0.95}, {"physics": "another"})):
+        made(f"other{k}", other)
     stopped = made("stopped", {}, finished=False)
     made("unreadable", {})
     (tmp_path / "suite-task__gaussian_ppo__1__unreadable" / "config.json").write_text("{")

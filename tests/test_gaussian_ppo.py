@@ -23,6 +23,7 @@ from common import rollout, runs
 from common.cli import UserError, run_command
 from common.data import check_file, read_attrs, read_episodes
 from common.libero import make_env
+from common.libero.make import choose_physics
 from common.networks import Normalizer
 from common.runs import load_checkpoint, save_checkpoint, versions, write_json
 from gaussian_ppo import Agent, Args, Reinforce, gaussian_kl
@@ -92,7 +93,9 @@ def test_what_auto_means(monkeypatch, gpu, given, chosen):
     monkeypatch.setattr(checks, "_validate_args", True)
     args = rollout.choose_devices(Args(**given))
     assert (args.device, args.backend) == chosen and checks._validate_args == (chosen[0] == "cpu")
-    assert dataclasses.replace(args, device="auto", backend="auto") == dataclasses.replace(Args(**given), device="auto", backend="auto")
+    assert args.physics == choose_physics("auto", args.backend)
+    auto = {"device": "auto", "backend": "auto", "physics": "auto"}
+    assert dataclasses.replace(args, **auto) == dataclasses.replace(Args(**given), **auto)
     assert rollout.choose_devices(args) == args  # so that a resumed run is where it was
 
 
@@ -455,6 +458,7 @@ def check_whole_job(run: Path, name: str, task, demos, iterations: int) -> dict:
     assert list(run.glob("events.out.tfevents.*")) and not list(run.rglob(".*"))  # nothing temporary is left
     checkpoint = load_checkpoint(run / "checkpoint.pt", name)
     assert checkpoint["stage"] == "done" and len(checkpoint["history"]) == iterations
+    assert config["args"]["physics"] == summary["physics"] == attrs["training_physics"] == checkpoint["physics"] != "auto"
     return summary
 
 
@@ -488,7 +492,7 @@ def check_resumed_is_the_same(script, demos, tmp_path, drawer_task, *flags) -> N
 
 
 def test_whole_job_killed_and_resumed_is_as_if_never_stopped(demos, tmp_path, drawer_task):
-    check_resumed_is_the_same(gaussian_ppo, demos, tmp_path, drawer_task, "--physics", "sleep")
+    check_resumed_is_the_same(gaussian_ppo, demos, tmp_path, drawer_task)
 
 
 # ---------------------------------------------------------------------------------------------- bad input

@@ -14,6 +14,7 @@ from common.data import read_episodes
 from common.libero import env as env_module
 from common.libero import load_task, make_env
 from common.libero.env import LiberoVectorEnv
+from common.libero.make import choose_physics
 
 pytestmark = pytest.mark.skipif(not hasattr(mujoco.mjtEnableBit, "mjENBL_SLEEP"), reason="needs MuJoCo 3.8 or later")
 
@@ -116,6 +117,8 @@ def test_what_cannot_sleep(bowl_task, monkeypatch):
         make_env(bowl_task, physics="slow")
     with pytest.raises(UserError, match="physics sleep needs backend cpu"):
         make_env(bowl_task, physics="sleep", backend="warp")
+    assert choose_physics("auto", "warp") == "exact" and choose_physics("auto", "cpu") == "sleep"
     monkeypatch.delattr(env_module.mujoco.mjtEnableBit, "mjENBL_SLEEP")
+    assert choose_physics("auto", "cpu") == make_env(bowl_task, physics="auto").physics == "exact"
     with pytest.raises(UserError, match="physics sleep needs MuJoCo 3.8 or later"):
         make_env(bowl_task, physics="sleep")

@@ -384,38 +384,40 @@ def fail_at(run: Run, iteration: int) -> None:
 
 
 class Succeeding(rollout.Trainer):
-    """A trainer of two patterns, of 30 iterations of 10 steps in 2 environments, whose episodes succeed with probability `rate`."""
+    """A trainer of two patterns, of 30 iterations of 10 steps in 2 environments, whose episodes succeed at these `rates`."""
 
-    def __init__(self, rate: float, stop_success: float | None):
+    def __init__(self, rates: list[float], stop_success: float | None):
         args = types.SimpleNamespace(total_steps=600, num_steps=10, seed=0, physics="exact", stop_success=stop_success)
         super().__init__(args, types.SimpleNamespace(num_envs=2, max_steps=40), torch.nn.Linear(1, 1), num_patterns=2)
-        self.rate = rate
+        self.rates = rates
 
     def iterate(self):
         self.iteration += 1
-        for outcomes in self.outcomes:
-            outcomes.extend(np.arange(10) < 10 * self.rate)
+        for outcomes, rate in zip(self.outcomes, self.rates, strict=True):
+            outcomes.extend(np.arange(10) < round(10 * rate))
         return {"losses/value_loss": 0.5}
 
 
 @pytest.mark.parametrize(
-    "rate, evaluated, stop_success, stopped, looks",
+    "rates, evaluated, stop_success, stopped, looks",
     [
-        (0.9, [0.9, 0.86], 0.88, 5, 1),  # after 50 episodes of each, longer than the 40 steps in which failures end
-        (0.9, [1.0, 0.82], 0.88, 30, 9),  # one pattern too low in the evaluation: looked at again each tenth
-        (0.9, [0.9, 0.84], 0.88, 30, 9),  # the mean too low
-        (0.8, [1.0, 1.0], 0.88, 30, 0),
-        (1.0, [1.0, 1.0], None, 30, 0),
+        ([0.9, 0.9], [0.9, 0.86], 0.88, 5, 1),  # after 50 episodes of each, longer than the 40 steps in which failures end
+        ([1.0, 0.9], [1.0, 0.91], 0.95, 5, 1),  # a pattern may be 5 points lower
+        ([0.9, 0.9], [1.0, 0.82], 0.88, 30, 9),  # one pattern too low in the evaluation: looked at again each tenth
+        ([0.9, 0.9], [0.9, 0.84], 0.88, 30, 9),  # the mean too low
+        ([0.9, 0.8], [1.0, 1.0], 0.88, 30, 0),
+        ([1.0, 0.8], [1.0, 1.0], 0.88, 30, 0),
+        ([1.0, 1.0], [1.0, 1.0], None, 30, 0),
     ],
 )
-def test_training_stops_when_training_and_evaluation_say_so(begin, monkeypatch, rate, evaluated, stop_success, stopped, looks):
+def test_training_stops_when_training_and_evaluation_say_so(begin, rates, evaluated, stop_success, stopped, looks):
     run, seen = begin("--checkpoint-interval", "1000"), []
 
-    def evaluate(policy, patterns, stage):
+    def evaluate(policy, patterns, stage, passes):
         seen.append(stage)
-        return [{"success_rate": rate} for rate in evaluated]
+        return [{"success_rate": rate} for rate in evaluated] if passes(evaluated) else None
 
-    trainer = Succeeding(rate, stop_success)
+    trainer = Succeeding(rates, stop_success)
     job = types.SimpleNamespace(run=run, args=trainer.args, evaluate=evaluate)
     rollout.Job.train(job, trainer, None, [0, 1], lambda logs: "")
     assert (trainer.iteration, len(seen)) == (stopped, looks)
@@ -518,11 +520,25 @@ def test_evaluate_runs_each_pattern_from_each_official_state(short_env):
         {"pattern": 0, "success_rate": 0.0, "episodes": 4, "mean_length": None},
         {"pattern": 1, "success_rate": 1.0, "episodes": 4, "mean_length": 2.0},
     ]
-    assert [(e.attrs["pattern"], e.attrs["init_state"]) for e in episodes] == [(z, i) for z in (0, 1) for i in range(4)]
+    assert [(e.attrs["pattern"], e.attrs["init_state"]) for e in episodes] == [(z, i) for i in range(4) for z in (0, 1)]
     for e in episodes:
         short_env.reset(options={"init_state": e.attrs["init_state"]})
         np.testing.assert_array_equal(e.states[0], short_env.get_state()[0])
         assert e.length == (2 if e.success else 6)
+
+
+@pytest.mark.parametrize("least, ended", [(0.0, 8), (0.25, 7), (0.5, 5), (0.51, 3)])
+def test_evaluation_ends_when_it_cannot_pass_any_more(short_env, least, ended):
+    """Pattern 0 fails, and every other episode is one of its four: with its n-th failure its success is at most 1 - n / 4."""
+    ended_so = []
+
+    class Counting(Progress):
+        def update(self, amount=1, note=""):
+            ended_so.append(note)
+
+    env, passes = make_env(short_env.task, 1, max_steps=6, autoreset_mode=AutoresetMode.DISABLED), lambda rates: rates[0] >= least
+    rows, episodes = rollout.evaluate(env, drawer_pusher(env), [0, 1], 4, Counting(interval=1e9), "evaluate", passes)
+    assert (rows is None) == (least > 0) and len(ended_so) == sum(e is not None for e in episodes) == ended
 
 
 def test_corpus_is_successes_from_training_resets(short_env, drawer_task, tmp_path):
@@ -537,7 +553,7 @@ def test_corpus_is_successes_from_training_resets(short_env, drawer_task, tmp_pa
     again, other = collect(7), collect(8)
     assert all(np.array_equal(a.states, b.states) for a, b in zip(corpus, again, strict=True))
     assert not all(np.array_equal(a.states[0], b.states[0]) for a, b in zip(corpus, other, strict=True))
-    rollout.write_corpus(tmp_path, drawer_task, corpus, "dlr_discover", "scripted", 32, None, Progress(interval=1e9))
+    rollout.write_corpus(tmp_path, drawer_task, corpus, {"script": "dlr_discover", "demos": "scripted"}, 32, None, Progress(interval=1e9))
     assert image_names(tmp_path / "corpus.hdf5") == ["agentview_rgb", "eye_in_hand_rgb"]
     assert check_file(tmp_path / "corpus.hdf5", drawer_task) == []
     attrs = read_attrs(tmp_path / "corpus.hdf5")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import mujoco
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from common.cli import UserError
@@ -34,6 +35,13 @@ def choose_backend(backend: str, num_envs: int, device: str | None = None) -> st
     return "warp"
 
 
+def choose_physics(physics: str, backend: str) -> str:
+    """ "exact" or "sleep": what "auto" means on `backend` ("cpu" or "warp") with this MuJoCo."""
+    if physics != "auto":
+        return physics
+    return "sleep" if backend == "cpu" and hasattr(mujoco.mjtEnableBit, "mjENBL_SLEEP") else "exact"
+
+
 def make_env(
     task: Task | str,
     num_envs: int = 1,
@@ -53,7 +61,7 @@ def make_env(
         obs: "state", float32 vectors (see `StateObservation`), or "pixels", a Dict of pictures and proprioception (see
             `common.libero.pixels.PixelObservation`); image_size (pixels), cameras and renderer are of these pictures.
         backend: "cpu" (`LiberoVectorEnv`), "warp" (`common.libero.warp_env.LiberoWarpEnv`, on `device`) or "auto" (see `choose_backend`).
-        physics: "exact" or "sleep", see `LiberoVectorEnv`; of the CPU backend.
+        physics: "exact", "sleep" (see `LiberoVectorEnv`; of the CPU backend) or "auto" (see `choose_physics`).
         device: of "warp", default the first GPU; and of the ray tracer, default where the worlds are.
         kwargs: as in the class; and autoreset_mode may be NEXT_STEP (`common.libero.wrappers.NextStep`).
     """
@@ -67,6 +75,7 @@ def make_env(
             make_env(task, num_envs, backend=backend, seed=seed, **options, **kwargs | {"autoreset_mode": AutoresetMode.DISABLED})
         )
     backend = choose_backend(backend, num_envs, device)
+    physics = choose_physics(physics, backend)
     task = load_task(task) if isinstance(task, str) else task
     if backend == "cpu":
         env = LiberoVectorEnv(task, num_envs, seed, physics=physics, **kwargs)
