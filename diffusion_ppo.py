@@ -32,7 +32,7 @@ from torch.distributions import Normal
 from common import plots, rollout
 from common.cli import Count, Fraction, NotNegative, Positive, PositiveOrInf, Range, UserError, run_command
 from common.libero.env import LiberoVectorEnv
-from common.networks import Normalizer, PixelEncoder, compiled, layer_init, make_obs_encoder, mlp, random_shift
+from common.networks import Normalizer, PixelEncoder, compiled, layer_init, mlp, random_shift
 from common.tensors import TensorDict, join, obs_buffer, to_tensor
 
 
@@ -274,15 +274,15 @@ class Agent(nn.Module):
         self.start_noise = args.start_noise
         self.actor = Denoiser(args, obs_encoder, action_size)
         self.base = copy.deepcopy(self.actor).requires_grad_(False)
-        self.critic = mlp([obs_encoder.size, args.hidden, args.hidden, 1], out_std=1.0)
+        self.critic = mlp([obs_encoder.critic_size, args.hidden, args.hidden, 1], out_std=1.0)
 
     @property
     def device(self) -> torch.device:
         return self.alpha_bar.device
 
-    def value(self, features: torch.Tensor) -> torch.Tensor:
-        """V of the actor's features (N, size), (N,). It reads them and doesn't train them: that would move the policy."""
-        return self.critic(features.detach()).squeeze(-1)
+    def value(self, obs: torch.Tensor | TensorDict) -> torch.Tensor:
+        """V of observations (N, ...), (N,). It reads the actor's features and doesn't train them: that would move the policy."""
+        return self.critic(self.actor.obs_encoder.critic_view(obs)).squeeze(-1)
 
     def means(self, net: Denoiser, features: torch.Tensor, x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
         """Means of denoising steps i (N, S) from x (N, S, D) by `net`, (N, S, D), given the features (N, size) of its obs_encoder."""
@@ -471,9 +471,7 @@ def denoising_weights(args: Args) -> tuple[torch.Tensor, torch.Tensor]:
 def ppo_losses(args: Args, agent: Agent, weights: Sequence[torch.Tensor], batch: dict, train_actor: bool) -> dict[str, torch.Tensor]:
     """A minibatch's `value_loss`, and if `train_actor` also its `policy_loss` and, averaged like the log-probability, the KL to the
     policy that acted (`moved`) and to Learn's (`pull`). `weights`: `denoising_weights`, on the device."""
-    with torch.no_grad():
-        features = agent.actor.obs_encoder(batch["states"])
-    row = {"value_loss": 0.5 * (agent.value(features) - batch["returns"]).square().mean()}
+    row = {"value_loss": 0.5 * (agent.value(batch["states"]) - batch["returns"]).square().mean()}
     if train_actor:
         features = agent.actor.obs_encoder(batch["obs"])
         mean = agent.means(agent.actor, features, batch["x"], batch["step"])
@@ -588,8 +586,8 @@ class Reinforce(rollout.Trainer):
         ends = torch.cat([begun[1:], torch.ones_like(begun[:1])])  # the last steps of chunks: no others need values
         values, next_values = torch.zeros_like(rewards), torch.zeros_like(rewards)
         with torch.no_grad():
-            values[begun] = agent.value(agent.actor.obs_encoder(obs[begun]))
-            next_values[ends] = agent.value(agent.actor.obs_encoder(next_obs[ends]))
+            values[begun] = agent.value(obs[begun])
+            next_values[ends] = agent.value(next_obs[ends])
         advantages = gae(rewards, values, next_values, decided, terminated, done, args.gamma, args.gae_lambda)
         states, all_returns = obs.flatten(0, 1), (advantages + values).flatten()  # within a chunk, too: what is left of it, then V'
         obs, advantages, values = obs[begun], advantages[begun], values[begun]
@@ -643,7 +641,7 @@ def main() -> None:
 
     # 1. Learn
     torch.manual_seed(args.seed + 1)
-    agent = Agent(args, make_obs_encoder(job.train_env.single_observation_space)).to(args.device)
+    agent = Agent(args, job.obs_encoder()).to(args.device)
     policy = ChunkPolicy(agent, job.eval_env.num_envs, args.execute)
     if run.stage == "start":
         demo_obs, actions = job.observed_demos(), [e.actions for e in job.demos]

@@ -35,7 +35,7 @@ from common.cli import Count, Fraction, NotNegative, Positive, PositiveOrInf, Ra
 from common.data import Episode
 from common.libero.env import LiberoVectorEnv
 from common.libero.observation import observe_states
-from common.networks import Normalizer, PixelEncoder, compiled, make_obs_encoder, mlp, random_shift
+from common.networks import Normalizer, PixelEncoder, compiled, mlp, random_shift
 from common.tensors import TensorDict, join, obs_buffer, to_tensor
 
 
@@ -376,7 +376,7 @@ class Agent(nn.Module):
         self.num_patterns = num_patterns
         self.obs_encoder = obs_encoder  # observations -> features (N, size)
         self.actor = mlp([obs_encoder.size + num_patterns, hidden, hidden, hidden, action_size], out_std=0.01)
-        self.critic = mlp([obs_encoder.size + num_patterns, hidden, hidden, 1], out_std=1.0)
+        self.critic = mlp([obs_encoder.critic_size + num_patterns, hidden, hidden, 1], out_std=1.0)
         self.log_std = nn.Parameter(torch.full((action_size,), -1.6))  # learned by Learn, scheduled by Reinforce
 
     def inputs(self, features: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -404,9 +404,9 @@ class Agent(nn.Module):
         actions = policy.sample()
         return actions, policy.mean, policy.log_prob(actions).sum(-1)
 
-    def value(self, features: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """V of features (N, size) and z (N,), (N,). It reads the policy's features and doesn't train them: that would move the policy."""
-        return self.critic(self.inputs(features.detach(), z)).squeeze(-1)
+    def value(self, obs: torch.Tensor | TensorDict, z: torch.Tensor, features: torch.Tensor | None = None) -> torch.Tensor:
+        """V of observations (N, ...) and z (N,), (N,). It reads the policy's features, not trains them: that would move the policy."""
+        return self.critic(self.inputs(self.obs_encoder.critic_view(obs, features), z)).squeeze(-1)
 
 
 # ---------------------------------------------------------------------------------------------- Learn
@@ -490,7 +490,7 @@ def ppo_losses(args: Args, agent: Agent, batch: dict, train_actor: bool) -> dict
     """A minibatch's `value_loss`, and if `train_actor` also its `policy_loss` and, for the stops and the log, how far the policy is
     (nats) from the one that acted (`moved`) and from Learn's (`kl_to_learn`)."""
     features, z = agent.obs_encoder(batch["obs"]), batch["z"]
-    row = {"value_loss": 0.5 * (agent.value(features, z) - batch["returns"]).square().mean()}
+    row = {"value_loss": 0.5 * (agent.value(batch["obs"], z, features) - batch["returns"]).square().mean()}
     if train_actor:
         policy = agent.policy(features, z)
         log_ratio = policy.log_prob(batch["actions"]).sum(-1) - batch["log_probs"]
@@ -643,8 +643,8 @@ class Reinforce(rollout.Trainer):
         rewards += args.mi_coef * bonus
         obs, z = obs.flatten(0, 1), z.flatten()
         with torch.no_grad():
-            values = agent.value(agent.obs_encoder(obs), z).reshape(shape)
-            next_values = agent.value(agent.obs_encoder(next_obs.flatten(0, 1)), z).reshape(shape)
+            values = agent.value(obs, z).reshape(shape)
+            next_values = agent.value(next_obs.flatten(0, 1), z).reshape(shape)
             learn_means = self.reference.policy(self.reference.obs_encoder(obs), z).mean
         advantages = gae(rewards, values, next_values, terminated, done, args.gamma, args.gae_lambda)
         returns = (advantages + values).flatten()
@@ -737,7 +737,7 @@ def main() -> None:
 
     # 2. Learn
     torch.manual_seed(args.seed + 1)
-    agent = Agent(make_obs_encoder(job.train_env.single_observation_space), k, args.hidden).to(args.device)
+    agent = Agent(job.obs_encoder(), k, args.hidden).to(args.device)
     if run.stage == "discover":
         demo_obs, actions = job.observed_demos(), [e.actions for e in job.demos]
         tick = run.ticker("Learn", args.learn_epochs, "held-out loss {learn_held_out_loss:.2f}")

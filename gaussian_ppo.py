@@ -31,7 +31,7 @@ from torch.distributions import Normal
 from common import plots, rollout
 from common.cli import Count, Fraction, NotNegative, Positive, PositiveOrInf, Range, UserError, run_command
 from common.libero.env import LiberoVectorEnv
-from common.networks import Normalizer, PixelEncoder, compiled, make_obs_encoder, mlp, random_shift
+from common.networks import Normalizer, PixelEncoder, compiled, mlp, random_shift
 from common.tensors import TensorDict, join, obs_buffer, to_tensor
 
 
@@ -101,7 +101,7 @@ class Agent(nn.Module):
         super().__init__()
         self.obs_encoder = obs_encoder  # observations -> features (N, size)
         self.actor = mlp([obs_encoder.size, hidden, hidden, hidden, action_size], out_std=0.01)
-        self.critic = mlp([obs_encoder.size, hidden, hidden, 1], out_std=1.0)
+        self.critic = mlp([obs_encoder.critic_size, hidden, hidden, 1], out_std=1.0)
         self.log_std = nn.Parameter(torch.full((action_size,), -1.6))  # learned by Learn, scheduled by Reinforce
 
     def policy(self, features: torch.Tensor) -> Normal:
@@ -125,9 +125,9 @@ class Agent(nn.Module):
         actions = policy.sample()
         return actions, policy.mean, policy.log_prob(actions).sum(-1)
 
-    def value(self, features: torch.Tensor) -> torch.Tensor:
-        """V of features (N, size), (N,). It reads the policy's features and doesn't train them: that would move the policy."""
-        return self.critic(features.detach()).squeeze(-1)
+    def value(self, obs: torch.Tensor | TensorDict, features: torch.Tensor | None = None) -> torch.Tensor:
+        """V of observations (N, ...), (N,). It reads the policy's features and doesn't train them: that would move the policy."""
+        return self.critic(self.obs_encoder.critic_view(obs, features)).squeeze(-1)
 
 
 # ---------------------------------------------------------------------------------------------- Learn
@@ -198,7 +198,7 @@ def ppo_losses(args: Args, agent: Agent, batch: dict, train_actor: bool) -> dict
     """A minibatch's `value_loss`, and if `train_actor` also its `policy_loss` and, for the stops and the log, how far the policy is
     (nats) from the one that acted (`moved`) and from Learn's (`kl_to_learn`)."""
     features = agent.obs_encoder(batch["obs"])
-    row = {"value_loss": 0.5 * (agent.value(features) - batch["returns"]).square().mean()}
+    row = {"value_loss": 0.5 * (agent.value(batch["obs"], features) - batch["returns"]).square().mean()}
     if train_actor:
         policy = agent.policy(features)
         log_ratio = policy.log_prob(batch["actions"]).sum(-1) - batch["log_probs"]
@@ -292,8 +292,8 @@ class Reinforce(rollout.Trainer):
 
         obs = obs.flatten(0, 1)
         with torch.no_grad():
-            values = agent.value(agent.obs_encoder(obs)).reshape(shape)
-            next_values = agent.value(agent.obs_encoder(next_obs.flatten(0, 1))).reshape(shape)
+            values = agent.value(obs).reshape(shape)
+            next_values = agent.value(next_obs.flatten(0, 1)).reshape(shape)
             learn_means = self.reference.policy(self.reference.obs_encoder(obs)).mean
         advantages = gae(rewards, values, next_values, terminated, done, args.gamma, args.gae_lambda)
         returns = (advantages + values).flatten()
@@ -335,7 +335,7 @@ def main() -> None:
 
     # 1. Learn
     torch.manual_seed(args.seed + 1)
-    agent = Agent(make_obs_encoder(job.train_env.single_observation_space), args.hidden).to(args.device)
+    agent = Agent(job.obs_encoder(), args.hidden).to(args.device)
     if run.stage == "start":
         demo_obs, actions = job.observed_demos(), [e.actions for e in job.demos]
         learn(args, agent, demo_obs, actions, run.ticker("Learn", args.learn_epochs, "held-out loss {learn_held_out_loss:.2f}"))

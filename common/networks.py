@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 
 import gymnasium as gym
@@ -44,7 +43,7 @@ class Normalizer(nn.Module):
 
     def __init__(self, size: int):
         super().__init__()
-        self.size = size
+        self.size = self.critic_size = size
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("std", torch.ones(size))
 
@@ -61,6 +60,10 @@ class Normalizer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ((x - self.mean) / self.std).clamp(-10.0, 10.0)
+
+    def critic_view(self, obs: torch.Tensor, features: torch.Tensor | None = None) -> torch.Tensor:
+        """What the critic sees, (N, critic_size): the same."""
+        return self(obs) if features is None else features
 
 
 # ---------------------------------------------------------------------------------------------- pixels
@@ -98,29 +101,64 @@ class ResNet18(nn.Sequential):
         super().__init__(*layers)
 
 
-class PixelEncoder(nn.Module):
-    """ResNet-18 features of the third-person picture beside standardised proprioception (as in arXiv 2511.19528): (N, size).
+class SpatialSoftmax(nn.Module):
+    """Where each channel is highest: (N, C, H, W) -> (N, 2 C), mean column then mean row, -1 to 1 (Levine et al. 2016, section 5.2)."""
 
-    On CUDA the pictures are worked on in bfloat16.
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        height, width = x.shape[2:]
+        weights = x.flatten(2).softmax(-1).unflatten(2, (height, width))
+        columns, rows = (torch.linspace(-1, 1, n, device=x.device) for n in (width, height))
+        return torch.cat([weights.sum(2) @ columns, weights.sum(3) @ rows], dim=-1)
+
+
+class SmallConvNet(nn.Sequential):
+    """Four convolutions that a CPU can train, (N, 3, H, W) -> (N, 2 * 64): 64 points in the picture."""
+
+    def __init__(self):
+        layers: list[nn.Module] = []
+        for channels_in, channels, size, stride in ((3, 32, 5, 2), (32, 64, 3, 2), (64, 64, 3, 2), (64, 64, 3, 1)):
+            layers += [nn.Conv2d(channels_in, channels, size, stride, size // 2), nn.ReLU()]
+        super().__init__(*layers[:-1], SpatialSoftmax())
+
+
+# What turns pictures into features, and the side of the pictures, in pixels, where --image-size doesn't say
+CONVOLUTIONS = {"small": (SmallConvNet, 64), "resnet18": (ResNet18, 84)}
+
+
+class PixelEncoder(nn.Module):
+    """Features of each camera's picture beside standardised proprioception (as in arXiv 2511.19528): (N, size).
+
+    `net` is "resnet18", the papers' convolutions, or "small". All cells of ResNet-18's last map are kept, not their average, which would
+    forget where things are. Each camera has convolutions of its own. On CUDA the pictures are worked on in bfloat16.
     """
 
-    FEATURES = 128
+    FEATURES = 128  # of each picture
     PICTURES = 256  # at a time: without gradients, a whole rollout's activations would fill the memory
 
-    def __init__(self, space: gym.spaces.Dict):
+    def __init__(self, space: gym.spaces.Dict, net: str = "resnet18"):
         super().__init__()
-        height, width, _ = space["agentview_rgb"].shape
+        self.cameras = [name for name in space if name.endswith("_rgb")]
         (proprio,) = space["proprio"].shape
-        cells = math.ceil(height / 32) * math.ceil(width / 32)
-        self.resnet = ResNet18()
-        # all cells, not their average, which would forget where things are
-        self.project = nn.Sequential(nn.Flatten(), nn.Linear(512 * cells, self.FEATURES), nn.LayerNorm(self.FEATURES))
+        convolutions, _ = CONVOLUTIONS[net]
+        self.pictures = nn.ModuleDict()
+        for name in self.cameras:
+            height, width, _ = space[name].shape
+            body = convolutions().to(memory_format=torch.channels_last)  # as the pictures are stored, and faster on CPUs
+            with torch.no_grad():
+                cells = body(torch.zeros(1, 3, height, width)).numel()
+            project = [nn.Flatten(), nn.Linear(cells, self.FEATURES), nn.LayerNorm(self.FEATURES)]
+            self.pictures[name] = nn.Sequential(body, *project)
         self.normalizer = Normalizer(proprio)
-        self.size = self.FEATURES + proprio
+        self.size = self.FEATURES * len(self.cameras) + proprio
+        # what the critic sees: the simulator's state (Pinto et al. 2018), where the environment shows it, else the policy's features
+        self.state = Normalizer(space["state"].shape[0]) if "state" in space.spaces else None
+        self.critic_size = self.state.size if self.state else self.size
 
     def fit(self, obs: TensorDict) -> PixelEncoder:
-        """Standardise proprioception by that of `obs`."""
+        """Standardise proprioception, and the state that a critic sees, by those of `obs`."""
         self.normalizer.fit(obs["proprio"])
+        if self.state:
+            self.state.fit(obs["state"])
         return self
 
     def augment(self, obs: TensorDict, noise: float) -> TensorDict:
@@ -128,19 +166,31 @@ class PixelEncoder(nn.Module):
         return TensorDict(random_shift(obs).tensors | {"proprio": self.normalizer.augment(obs["proprio"], noise)})
 
     def forward(self, obs: TensorDict) -> torch.Tensor:
-        """`agentview_rgb` (N, H, W, 3) uint8 and `proprio` (N, 9) -> (N, size)."""
-        pictures = obs["agentview_rgb"].split(self.PICTURES)
+        """Pictures (N, H, W, 3) uint8 and `proprio` (N, 9) -> (N, size)."""
+        features = []
         with torch.autocast("cuda", torch.bfloat16, enabled=obs["proprio"].is_cuda):
-            features = [self.project(self.resnet(p.permute(0, 3, 1, 2) / 127.5 - 1.0)) for p in pictures]
-        return torch.cat([torch.cat(features).float(), self.normalizer(obs["proprio"])], dim=-1)
+            for name, net in self.pictures.items():
+                batches = obs[name].split(self.PICTURES)
+                features.append(torch.cat([net(p.permute(0, 3, 1, 2) / 127.5 - 1.0) for p in batches]).float())
+        return torch.cat([*features, self.normalizer(obs["proprio"])], dim=-1)
+
+    def critic_view(self, obs: TensorDict, features: torch.Tensor | None = None) -> torch.Tensor:
+        """What the critic sees, (N, critic_size). The policy's `features` (of `obs`, if they aren't known) are read and not trained."""
+        if self.state:
+            return self.state(obs["state"])
+        if features is None:
+            with torch.no_grad():
+                return self(obs)
+        return features.detach()
 
 
-def make_obs_encoder(space: gym.Space) -> Normalizer | PixelEncoder:
-    """What turns an environment's observations (its `single_observation_space`) into (N, encoder.size) features.
+def make_obs_encoder(space: gym.Space, net: str = "resnet18") -> Normalizer | PixelEncoder:
+    """What turns an environment's observations (its `single_observation_space`) into (N, encoder.size) features; pictures by `net`.
 
-    Its `fit` takes the statistics of demonstrations, its `augment` varies observations for behaviour cloning.
+    Its `fit` takes the statistics of demonstrations, its `augment` varies observations for behaviour cloning, its `critic_view` is what
+    V sees.
     """
-    return PixelEncoder(space) if isinstance(space, gym.spaces.Dict) else Normalizer(space.shape[0])
+    return PixelEncoder(space, net) if isinstance(space, gym.spaces.Dict) else Normalizer(space.shape[0])
 
 
 def random_shift(obs: torch.Tensor | TensorDict, pad: int = 4) -> torch.Tensor | TensorDict:

@@ -27,6 +27,7 @@ from common.libero.pixels import PixelEnv
 from common.libero.render import add_images
 from common.libero.renderers import available, make_renderer
 from common.libero.tasks import find_human_demos
+from common.networks import CONVOLUTIONS, Normalizer, PixelEncoder, make_obs_encoder
 from common.runs import Progress, Run, choose_device, read_config, rng_state, set_rng_state, versions
 from common.video import write_video
 
@@ -69,8 +70,14 @@ class JobArgs:
     """PPO iterations between checkpoints: what a kill can lose at most"""
     obs: Literal["state", "pixels"] = "state"
     """what the policy sees: the simulator's state, or the third-person picture and proprioception"""
-    image_size: Annotated[int, Range(32, 512)] = 84
-    """pixels of a picture's side"""
+    cameras: list[Literal["agentview", "robot0_eye_in_hand"]] = dataclasses.field(default_factory=lambda: ["agentview"])
+    """whose pictures the policy sees: LIBERO's third-person camera, the one at the wrist, or both"""
+    encoder: Literal["auto", "small", "resnet18"] = "auto"
+    """of pictures: resnet18, the papers', or small, four convolutions; auto: small on a CPU"""
+    image_size: Annotated[int, Range(32, 512, zero=True)] = 0
+    """pixels of a picture's side (0: as the encoder likes it, small 64, resnet18 84)"""
+    critic: Literal["features", "state"] = "features"
+    """with pixels, what the critic sees: the policy's features, or the simulator's state, which the policy never does"""
 
     # Demonstrations
     demos: str = "auto"
@@ -116,7 +123,7 @@ class Job:
             self.task = task = load_task(args.task, args.assets, made_on, args.demos)
         run.progress.say(f"task {task.id}: {task.language}; simulator {args.backend}, physics {args.physics}, learner on {args.device}")
         self.renderer, self.videos = find_renderer(args.obs, args.videos, args.corpus_images, run.progress)
-        how = {"obs": args.obs, "image_size": args.image_size, "backend": args.backend, "device": args.device}
+        how = observation(args) | {"backend": args.backend, "device": args.device}
         self.train_env = make_env(task, args.num_envs, seed=args.seed, physics=args.physics, **how)
         self.eval_env = make_env(task, min(args.num_envs, EVAL_ENVS), seed=args.seed, **how, autoreset_mode=AutoresetMode.DISABLED)
         self.demos, self.demo_source = load_demos(
@@ -130,6 +137,10 @@ class Job:
             depends["image_assets"] = self.task.image_assets
         self.run.open(self.task.id, depends, demos=self.demo_source, renderer=self.renderer)
         self.run.checkpoint["physics"] = self.args.physics
+
+    def obs_encoder(self) -> Normalizer | PixelEncoder:
+        """A new encoder of what the environment shows."""
+        return make_obs_encoder(self.train_env.single_observation_space, self.args.encoder)
 
     def observed_demos(self) -> list:
         """What the policy would have seen in the demonstrations; see `observe_demos`."""
@@ -278,8 +289,13 @@ def fingerprint(episodes: Sequence[Episode]) -> str:
     return digest.hexdigest()[:12]
 
 
+def observation(args: JobArgs) -> dict[str, Any]:
+    """What `make_env` has to know of what the policy, and the critic, see."""
+    return {"obs": args.obs, "image_size": args.image_size, "cameras": args.cameras, "show_state": args.critic == "state"}
+
+
 def choose_devices(args: Any) -> Any:
-    """The script's arguments with what `auto` means on this machine in the place of --device, --backend and --physics.
+    """The script's arguments with what `auto` means on this machine in the place of --device, --backend, --physics and --encoder.
 
     --device cpu takes the simulator off the GPU, too: --backend warp then runs on Warp's CPU device, which is for tests. So without
     a GPU, `auto` isn't enough for it.
@@ -290,7 +306,9 @@ def choose_devices(args: Any) -> Any:
     if device == "cuda":  # what distributions check about their arguments is read from the GPU, and waited for, several times a minibatch
         torch.distributions.Distribution.set_default_validate_args(False)
     backend = choose_backend(args.backend, args.num_envs, device)
-    return dataclasses.replace(args, device=device, backend=backend, physics=choose_physics(args.physics, backend))
+    encoder = args.encoder if args.encoder != "auto" else "small" if device == "cpu" else "resnet18"
+    chosen = {"physics": choose_physics(args.physics, backend), "encoder": encoder}
+    return dataclasses.replace(args, device=device, backend=backend, image_size=args.image_size or CONVOLUTIONS[encoder][1], **chosen)
 
 
 def load_demos(
@@ -327,6 +345,8 @@ def observe_demos(env: LiberoVectorEnv, demos: Sequence[Episode], progress: Prog
     seen = []
     for episode in demos:
         seen.append(env.pixels(episode.states))
+        if env.show_state:
+            seen[-1]["state"] = observe_states(env.task, episode.states)
         progress.update(1)
     return seen
 

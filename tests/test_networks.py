@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gymnasium as gym
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
-from common.networks import Normalizer, PixelEncoder, ResNet18, make_obs_encoder, mlp, random_shift
+from common.networks import Normalizer, PixelEncoder, ResNet18, SpatialSoftmax, make_obs_encoder, mlp, random_shift
 from common.tensors import TensorDict
 
 torch.set_num_threads(1)
@@ -64,9 +65,10 @@ def test_resnet18_has_the_papers_size_and_strides():
             assert net(torch.zeros(1, 3, size, size)).shape == (1, 512, cells, cells)
 
 
-def test_pixel_encoder_does_not_mix_the_batch():
+@pytest.mark.parametrize("net", ["small", "resnet18"])
+def test_pixel_encoder_does_not_mix_the_batch(net):
     torch.manual_seed(0)
-    encoder, obs = make_obs_encoder(pixel_space()), pictures(5)
+    encoder, obs = make_obs_encoder(pixel_space(), net), pictures(5)
     assert isinstance(encoder, PixelEncoder) and encoder.size == 128 + 9
     encoder.fit(TensorDict({"proprio": torch.full((8, 9), 2.0)}))
     with torch.no_grad():
@@ -78,6 +80,29 @@ def test_pixel_encoder_does_not_mix_the_batch():
         torch.testing.assert_close(encoder(obs), together, atol=1e-4, rtol=1e-4)
     assert (together[1:] - together[:-1]).abs().max(-1).values.min() > 1e-2  # and it sees the pictures
     torch.testing.assert_close(together[:, 128:], ((obs["proprio"] - 2.0) / 0.01).clamp(-10, 10))
+
+
+def test_spatial_softmax_finds_the_peak():
+    x = torch.zeros(1, 2, 5, 9)
+    x[0, 0, 4, 2] = x[0, 1, 1, 8] = 100.0
+    torch.testing.assert_close(SpatialSoftmax()(x), torch.tensor([[-0.5, 1.0, 1.0, -0.5]]))  # columns, then rows
+
+
+def test_cameras_and_what_the_critic_sees():
+    space, obs = pixel_space(), pictures(5)
+    wrist = pictures(5)["agentview_rgb"].flip(1)
+    both = gym.spaces.Dict(space.spaces | {"eye_in_hand_rgb": space["agentview_rgb"], "state": gym.spaces.Box(-9, 9, (4,), np.float32)})
+    seen = TensorDict(obs.tensors | {"eye_in_hand_rgb": wrist, "state": torch.arange(20.0).reshape(5, 4)})
+    encoder = make_obs_encoder(both, "small").fit(seen)
+    features = encoder(seen)
+    assert features.shape == (5, 2 * 128 + 9) and encoder.critic_size == 4
+    unseen = TensorDict(seen.tensors | {"state": -seen["state"]})
+    assert torch.equal(encoder(unseen), features)  # the policy does not see the state
+    assert not torch.equal(encoder.critic_view(unseen), encoder.critic_view(seen))  # the critic does, and standardised
+    torch.testing.assert_close(encoder.critic_view(seen).mean(0), torch.zeros(4))
+    assert not torch.equal(encoder(TensorDict(seen.tensors | {"eye_in_hand_rgb": obs["agentview_rgb"]})), features)
+    plain = make_obs_encoder(space, "small").fit(obs)
+    assert torch.equal(plain.critic_view(obs), plain(obs)) and not plain.critic_view(obs, plain(obs)).requires_grad
 
 
 def test_states_need_no_encoder():

@@ -147,7 +147,7 @@ def make_trainer(script, env=None, seed=0, **changes):
     env = env or with_pictures(plane)(num_envs=4, max_steps=4, seed=seed)
     space = getattr(env, "single_observation_space", None)  # a plane has none
     space = space or (pixel_space() if isinstance(env.observations(), dict) else env.observations()[0])
-    encoder, args = make_obs_encoder(space), script.Args(**(settings | changes))
+    encoder, args = make_obs_encoder(space, "small"), script.Args(**(settings | changes))
     if script is diffusion_ppo:
         args = dataclasses.replace(args, chunk=2, execute=2, denoising_steps=3, finetune_steps=2)
         return script.Reinforce(args, env, script.Agent(args, encoder))
@@ -170,15 +170,15 @@ def test_first_minibatch_has_ratio_one_in_pixels(script, monkeypatch):
         return update(*arguments, **named)
 
     monkeypatch.setattr(script, "ppo_update", spy)
-    resnet = (trainer.agent.actor if script is diffusion_ppo else trainer.agent).obs_encoder.resnet
-    before = weights(resnet)
+    pictures = (trainer.agent.actor if script is diffusion_ppo else trainer.agent).obs_encoder.pictures
+    before = weights(pictures)
     for iteration in range(2):
         logs = trainer.run_iteration()
         assert logs["losses/ratio"] == pytest.approx(1.0, abs=1e-4)
         assert logs["losses/approx_kl"] == pytest.approx(0.0, abs=1e-5)
         assert logs["losses/clipfrac"] == 0.0 and logs["losses/updates"] == 1
         assert logs["losses/kl_to_learn"] == pytest.approx(0.0, abs=1e-5) or iteration
-        assert not same(weights(resnet), before)  # PPO trains the encoder
+        assert not same(weights(pictures), before)  # PPO trains the encoder
     seen = batches[0]["obs"]
     assert isinstance(seen, TensorDict) and seen["agentview_rgb"].dtype == torch.uint8
     tops = (seen["agentview_rgb"][:4, :, :, 0] == 250).any(2).int().argmax(1)  # where the four points begin, 1 pixel apart at most
@@ -282,7 +282,7 @@ def test_learn_reads_the_pictures():
     demos, actions, space = bright_demos(10)
     torch.manual_seed(0)
     args = gaussian_ppo.Args(hidden=32, learn_epochs=12, learn_batch=24, learn_lr=1e-3)
-    agent = gaussian_ppo.Agent(make_obs_encoder(space), args.hidden)
+    agent = gaussian_ppo.Agent(make_obs_encoder(space, "small"), args.hidden)
     gaussian_ppo.learn(args, agent, demos, actions, lambda *_: None)
     dark, light = agent.act(demos[0], np.zeros(8, int))[np.argsort(actions[0][:, 0])][[0, -1]]
     assert dark.mean() < -0.2 and light.mean() > 0.2
@@ -291,11 +291,11 @@ def test_learn_reads_the_pictures():
 def test_learn_trains_the_encoder_of_the_diffusion_policy():
     demos, actions, space = bright_demos(3)
     args = diffusion_ppo.Args(hidden=16, learn_epochs=2, learn_batch=8)
-    agent, losses = diffusion_ppo.Agent(args, make_obs_encoder(space)), []
-    before = weights(agent.actor.obs_encoder.resnet)
+    agent, losses = diffusion_ppo.Agent(args, make_obs_encoder(space, "small")), []
+    before = weights(agent.actor.obs_encoder.pictures)
     diffusion_ppo.learn(args, agent, demos, actions, lambda epoch, row: losses.append(row["learn/held_out_loss"]))
     assert losses[1] < losses[0] < 2  # near 1: the network has hardly begun
-    assert not same(weights(agent.actor.obs_encoder.resnet), before)
+    assert not same(weights(agent.actor.obs_encoder.pictures), before)
     assert same(weights(agent.actor), weights(agent.base))
 
 
@@ -325,13 +325,13 @@ def test_whole_job_in_pixels(script, demos, tmp_path, drawer_task, monkeypatch, 
     checkpoint = load_checkpoint(run / "checkpoint.pt", script.__name__)
     assert checkpoint["stage"] == "roll out" and checkpoint["env_steps"] == 24
     assert '"renderer": "warp"' in (run / "config.json").read_text()
-    assert any("resnet" in name for name in checkpoint["agent"])
+    assert any("pictures.agentview_rgb" in name for name in checkpoint["agent"])
 
 
 def test_wrong_pixel_flags(tmp_path, capsys):
     for script, flags, message in (
-        (gaussian_ppo, ["--image-size", 16], "--image-size must be between 32 and 512, not 16"),
-        (diffusion_ppo, ["--image-size", 1000], "--image-size must be between 32 and 512, not 1000"),
+        (gaussian_ppo, ["--image-size", 16], "--image-size must be 0 or between 32 and 512, not 16"),
+        (diffusion_ppo, ["--image-size", 1000], "--image-size must be 0 or between 32 and 512, not 1000"),
         (dlr_discover, ["--obs", "pixels", "--mi-coef", 0.1], "--mi-coef needs --obs state"),
     ):
         line = test_gaussian_ppo.refused(script, capsys, tmp_path, "--run-folder", tmp_path / "runs", *flags)

@@ -52,6 +52,7 @@ def make_env(
     image_size: int = 84,
     cameras: Sequence[str] = ("agentview",),
     renderer: str = "warp",
+    show_state: bool = False,
     physics: str = "exact",
     **kwargs,
 ) -> VectorEnv:
@@ -60,6 +61,7 @@ def make_env(
     Args:
         obs: "state", float32 vectors (see `StateObservation`), or "pixels", a Dict of pictures and proprioception (see
             `common.libero.pixels.PixelObservation`); image_size (pixels), cameras and renderer are of these pictures.
+        show_state: with pictures, the state as well, for critics.
         backend: "cpu" (`LiberoVectorEnv`), "warp" (`common.libero.warp_env.LiberoWarpEnv`, on `device`) or "auto" (see `choose_backend`).
         physics: "exact", "sleep" (see `LiberoVectorEnv`; of the CPU backend) or "auto" (see `choose_physics`).
         device: of "warp", default the first GPU; and of the ray tracer, default where the worlds are.
@@ -70,7 +72,9 @@ def make_env(
     if kwargs.get("autoreset_mode") == AutoresetMode.NEXT_STEP:
         if kwargs.get("tensors"):
             raise UserError("tensors on the device need autoreset SAME_STEP or DISABLED, not NEXT_STEP, which waits for the host")
-        options = dict(obs=obs, device=device, image_size=image_size, cameras=cameras, renderer=renderer, physics=physics)
+        options = dict(
+            obs=obs, device=device, image_size=image_size, cameras=cameras, renderer=renderer, physics=physics, show_state=show_state
+        )
         return NextStep(
             make_env(task, num_envs, backend=backend, seed=seed, **options, **kwargs | {"autoreset_mode": AutoresetMode.DISABLED})
         )
@@ -89,4 +93,4 @@ def make_env(
         return env
     from common.libero.pixels import PixelEnv
 
-    return PixelEnv(env, image_size, cameras, renderer, device or ("cpu" if backend == "cpu" else "cuda"))
+    return PixelEnv(env, image_size, cameras, renderer, device or ("cpu" if backend == "cpu" else "cuda"), show_state)

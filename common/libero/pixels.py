@@ -64,18 +64,24 @@ class PixelObservation:
 class PixelEnv(Wrapper):
     """A LIBERO vector environment whose observations are `PixelObservation`'s; everything else is the wrapped environment's.
 
+    With `show_state` they also have its `state`, for a critic that may see what the policy may not.
+
     Observations are numpy arrays; of an environment on Warp, torch tensors on its device (with the renderer "warp").
     `device`: the ray tracer's.
     """
 
-    def __init__(self, env: VectorEnv, image_size: int, cameras: Sequence[str], renderer: str, device: str = "cpu"):
+    def __init__(
+        self, env: VectorEnv, image_size: int, cameras: Sequence[str], renderer: str, device: str = "cpu", show_state: bool = False
+    ):
         super().__init__(env)
+        self.show_state = show_state
         self.pixels = PixelObservation(env.task, image_size, cameras, renderer, device)
         self.stays = hasattr(env, "poses") and renderer == "warp"  # on the device
         if self.stays:
             env.require_memory(env.num_envs * self.pixels.bytes, what="worlds' pictures")
-        self.single_observation_space = self.pixels.space
-        self.observation_space = gym.vector.utils.batch_space(self.pixels.space, env.num_envs)
+        state = {"state": env.single_observation_space} if show_state else {}
+        self.single_observation_space = gym.spaces.Dict(self.pixels.space.spaces | state)
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, env.num_envs)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         _, info = self.env.reset(seed=seed, options=options)
@@ -85,13 +91,17 @@ class PixelEnv(Wrapper):
         _, reward, terminated, truncated, info = self.env.step(actions, active)
         observations = self.observations()
         if "final_obs" in info:  # an autoreset has put the next episodes' states in the place of the last ones
+            final_state = info["final_obs"]
             ended, states = (np.asarray(torch.as_tensor(info[name]).cpu()) for name in ("_final_obs", "final_states"))
             info["final_obs"] = copy.deepcopy(observations)
             for name, x in self.pixels(states[ended]).items():
                 values = info["final_obs"][name]
                 values[ended] = torch.as_tensor(x, device=values.device) if self.stays else x
+            if self.show_state:
+                info["final_obs"]["state"] = final_state
         return observations, reward, terminated, truncated, info
 
     def observations(self) -> dict[str, np.ndarray] | dict[str, torch.Tensor]:
         """Pictures and proprioception of the current states, (num_envs, ...) each."""
-        return self.pixels.of_worlds(self.env) if self.stays else self.pixels(self.env.get_state())
+        seen = self.pixels.of_worlds(self.env) if self.stays else self.pixels(self.env.get_state())
+        return seen | {"state": self.env.observations()} if self.show_state else seen
