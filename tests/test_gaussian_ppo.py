@@ -94,7 +94,8 @@ def test_what_auto_means(monkeypatch, gpu, given, chosen):
     args = rollout.choose_devices(Args(**given))
     assert (args.device, args.backend) == chosen and checks._validate_args == (chosen[0] == "cpu")
     assert args.physics == choose_physics("auto", args.backend)
-    auto = {"device": "auto", "backend": "auto", "physics": "auto"}
+    assert (args.encoder, args.image_size) == {"cpu": ("small", 64), "cuda": ("resnet18", 84)}[args.device]
+    auto = {"device": "auto", "backend": "auto", "physics": "auto", "encoder": "auto", "image_size": 0}
     assert dataclasses.replace(args, **auto) == dataclasses.replace(Args(**given), **auto)
     assert rollout.choose_devices(args) == args  # so that a resumed run is where it was
 
