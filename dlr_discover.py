@@ -742,7 +742,7 @@ def main() -> None:
         demo_obs, actions = job.observed_demos(), [e.actions for e in job.demos]
         tick = run.ticker("Learn", args.learn_epochs, "held-out loss {learn_held_out_loss:.2f}")
         learn(args, agent, demo_obs, actions, label_states(args, encoder, demo_states, labels), tick)
-        rows = job.evaluate(agent.act, alive, "Learn")
+        rows = job.evaluate(agent.act, alive, "Learn", most=150)  # on the way: failures take long
         run.save("learn", agent=agent.state_dict(), learn_success=[row["success_rate"] for row in rows])
     agent.load_state_dict(run.checkpoint["agent"])
 

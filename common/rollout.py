@@ -90,7 +90,7 @@ class JobArgs:
     """action noise of scripted demonstrations (standard deviation, in units of the action range)"""
 
     # Roll out
-    stop_success: Fraction | None = 0.95
+    stop_success: Fraction | None = 0.97
     """stop training when the last 50 episodes of each pattern, and then the evaluation, succeed so often (mean; each pattern within 5
     points of it). None: train for all --total-steps, as a comparison at equal steps needs"""
     eval_episodes: Count = 50
@@ -146,10 +146,20 @@ class Job:
         """What the policy would have seen in the demonstrations; see `observe_demos`."""
         return observe_demos(self.train_env, self.demos, self.run.progress)
 
-    def evaluate(self, policy: Policy, patterns: Sequence[int], stage: str, passes: Callable[[list[float]], bool] | None = None):
-        """Success of each pattern from the official init states, rows of summary.json's `per_pattern`, and a line about it; with `passes`,
-        None as soon as it could not say True of the rates any more."""
-        rows, _ = evaluate(self.eval_env, policy, patterns, self.args.eval_episodes, self.run.progress, f"evaluate {stage}", passes)
+    def evaluate(
+        self,
+        policy: Policy,
+        patterns: Sequence[int],
+        stage: str,
+        most: int | None = None,
+        passes: Callable[[list[float]], bool] | None = None,
+    ):
+        """Success of each pattern from the official init states, rows of summary.json's `per_pattern`, and a line about it.
+
+        `most` episodes of all patterns together, and as many of each. With `passes`, None as soon as it could not say True any more.
+        """
+        each = self.args.eval_episodes if most is None else min(self.args.eval_episodes, max(1, most // len(patterns)))
+        rows, _ = evaluate(self.eval_env, policy, patterns, each, self.run.progress, f"evaluate {stage}", passes)
         if rows is None:
             self.run.progress.say(f"{stage}: not yet")
             return None
@@ -166,7 +176,7 @@ class Job:
             if not trainer.promising:
                 return False
             trainer.looked = trainer.iteration
-            rows = self.evaluate(policy, patterns, "Reinforce so far", functools.partial(succeeds, self.args.stop_success))
+            rows = self.evaluate(policy, patterns, "Reinforce so far", passes=functools.partial(succeeds, self.args.stop_success))
             if rows is not None:
                 self.run.checkpoint["evaluation"] = rows
                 return True
@@ -543,6 +553,6 @@ def make_videos(run: Path, task: Task, corpus: list[Episode], renderer: str, pro
     progress.stage("videos", len(chosen))
     camera = make_renderer(task.model, cameras=("agentview",), width=256, height=256, renderer=renderer)
     for pattern, episode in sorted(chosen.items()):
-        frames = camera.render(episode.states[:, 1 : 1 + task.model.nq])["agentview"]
-        write_video(run / "videos" / f"pattern_{pattern}.mp4", frames)
+        frames = camera.render(episode.states[::2, 1 : 1 + task.model.nq])["agentview"]
+        write_video(run / "videos" / f"pattern_{pattern}.mp4", frames, fps=10)
         progress.update(1)

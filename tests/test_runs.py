@@ -413,7 +413,7 @@ class Succeeding(rollout.Trainer):
 def test_training_stops_when_training_and_evaluation_say_so(begin, rates, evaluated, stop_success, stopped, looks):
     run, seen = begin("--checkpoint-interval", "1000"), []
 
-    def evaluate(policy, patterns, stage, passes):
+    def evaluate(policy, patterns, stage, passes=None):
         seen.append(stage)
         return [{"success_rate": rate} for rate in evaluated] if passes(evaluated) else None
 
