@@ -1,17 +1,20 @@
 """How fast: LIBERO's own environment, ours, and the physical limit, in one run.
 
-All three do the same work. Each block takes some official init states, settled, and one sequence of small random actions, and
-steps them with, in turn,
+All do the same work. Each block takes some official init states, settled, and one sequence of small random actions, and steps them
+with, in turn,
 
   libero   LIBERO's `ControlEnv` (from states, no cameras), one state after the other;
   ours     one vector environment of all the states, in one thread;
-  limit    25 bare `mj_step` a control step, in one call, from the state that ours had there and with its torques;
+  sleep    the same with `physics="sleep"`, where MuJoCo has it;
+  limit    25 bare `mj_step` a control step, in one call, of LIBERO's model as it compiles it, from the state that ours had there and
+           with its torques;
 
 so that contacts, which decide what a physics step costs, agree. Then the same on all cores: LIBERO in a process a core, ours
-in a thread a core, the limit in a thread a core. Blocks are short and their order turns, so that whatever else the machine
-does hits all alike; numbers are medians over the blocks, with the quartiles of the ratios. Resets: LIBERO's `reset` (which
-compiles the model anew), and ours with and without the ten settling steps, the first time and from then on (each start state
-is settled once).
+in a thread a core, the limit in a thread a core. And again with what RL does in the place of random motions: scripted demonstrations,
+replayed from their first states to their ends. Blocks are short and their order turns, so that whatever else the machine does hits all
+alike; on one core processor time is taken, on all of them the clock's; numbers are medians over the blocks, with the quartiles of the
+ratios. Resets: LIBERO's `reset` (which compiles the model anew), and ours with and without the ten settling steps, the first time and
+from then on (each start state is settled once).
 
     python -m benchmarks.throughput --task libero_90/5 libero_spatial/0 libero_object/0 [--json FILE]
 
@@ -30,6 +33,7 @@ pictures of every world, and pictures alone; the GPU's memory, and the time it t
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import multiprocessing
 import os
@@ -45,8 +49,10 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from common.cli import UserError, run_command, usable_cores
+from common.demos import collect
 from common.libero import Task, load_task, make_env
 from common.libero.assets import find_assets
+from common.libero.make import choose_physics
 from common.libero.original import libero_env
 from common.libero.renderers import CAMERAS, make_renderer
 from common.libero.step import SUBSTEPS
@@ -69,6 +75,8 @@ class Args:
     """control steps a block"""
     blocks: int = 10
     """blocks of each kind"""
+    demonstrations: int = 4
+    """demonstrations a block (0: none)"""
     pixels: bool = False
     """measure pictures instead of steps from states"""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -84,8 +92,14 @@ class Args:
 # ---------------------------------------------------------------------------------------------- LIBERO, in processes
 
 
+def clocks() -> np.ndarray:
+    """(2,) seconds: the clock's, and what this process has taken of processors."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
 def libero_worker(connection, task_id: str, assets: str, gl: str | None) -> None:
-    """LIBERO's environment, served over a pipe: ("run", states, actions), ("reset",) or ("pictures", states) -> seconds it took.
+    """LIBERO's environment, served over a pipe: ("run", states, actions of each), ("reset",) or ("pictures", states) -> seconds and
+    processor seconds it took.
 
     With `gl` (egl, osmesa, ...) it is the one with pictures, and the name of the GL driver is sent before all else.
     """
@@ -96,28 +110,27 @@ def libero_worker(connection, task_id: str, assets: str, gl: str | None) -> None
         env = libero_env(task_id, assets, **options)
         connection.send(None if gl is None else gl_driver())
         while (message := connection.recv()) is not None:
-            seconds = 0.0
+            taken = np.zeros(2)
             if message[0] == "reset":
-                start = time.perf_counter()
+                start = clocks()
                 env.reset()
-                seconds = time.perf_counter() - start
+                taken = clocks() - start
             elif message[0] == "pictures":
                 for state in message[1]:
                     env.set_init_state(state)
-                    start = time.perf_counter()
+                    start = clocks()
                     for camera in CAMERAS:
                         env.sim.render(camera_name=camera, width=SIZE, height=SIZE)
-                    seconds += time.perf_counter() - start
+                    taken += clocks() - start
             else:
-                _, states, actions = message
-                for k, state in enumerate(states):
+                for state, actions in zip(*message[1:], strict=True):
                     env.set_init_state(state)
                     env.env.timestep, env.env.done = 0, False
-                    start = time.perf_counter()
-                    for action in actions[:, k]:
+                    start = clocks()
+                    for action in actions:
                         env.step(action)
-                    seconds += time.perf_counter() - start
-            connection.send(seconds)
+                    taken += clocks() - start
+            connection.send(taken)
     if gl is not None:
         os._exit(0)  # robosuite's EGL context raises, with much text, when the interpreter ends
 
@@ -155,11 +168,11 @@ class Libero:
             theirs.close()  # so that a process that dies is an EOFError here
             self.driver = connection.recv()
 
-    def __call__(self, cores: int, *message) -> float:
-        """Seconds, on average over the processes, that `message` took on `cores` of them at once."""
+    def __call__(self, cores: int, *message) -> np.ndarray:
+        """(2,) `clocks`, on average over the processes, that `message` took on `cores` of them at once."""
         for connection in self.connections[:cores]:
             connection.send(message)
-        return float(np.mean([connection.recv() for connection in self.connections[:cores]]))
+        return np.mean([connection.recv() for connection in self.connections[:cores]], axis=0)
 
     def close(self) -> None:
         for connection, process in zip(self.connections, self.processes, strict=True):
@@ -173,11 +186,14 @@ class Libero:
 class Ours:
     """A vector environment of `num_envs` environments a core, and the physical limit on its trajectory."""
 
-    def __init__(self, task: Task, num_envs: int, cores: int):
-        self.model, self.cores = task.model, cores
+    def __init__(self, task: Task, num_envs: int, cores: int, physics: str = "exact"):
+        self.cores = cores
         options = dict(max_steps=10**6, autoreset_mode=AutoresetMode.DISABLED)
-        self.env = make_env(task, num_envs * cores, num_threads=cores, **options)
-        self.bare = [mujoco.MjData(task.model) for _ in range(num_envs * cores)]
+        self.env = make_env(task, num_envs * cores, num_threads=cores, physics=physics, **options)
+        self.model = copy.copy(task.model)  # as LIBERO compiles it, with what our environment switches off
+        self.model.vis.global_.bvactive = 1
+        self.model.opt.disableflags &= ~int(mujoco.mjtDisableBit.mjDSBL_SENSOR)
+        self.bare = [mujoco.MjData(self.model) for _ in range(num_envs * cores)]
         self.threads = ThreadPoolExecutor(cores)
 
     def prepare(self, init_states: np.ndarray) -> np.ndarray:
@@ -187,24 +203,25 @@ class Ours:
         self.env.set_state(states)
         return states
 
-    def run(self, actions: np.ndarray) -> float:
-        """Seconds for all control steps of (steps, num_envs * cores, 7) actions."""
-        start = time.perf_counter()
-        for action in actions:
-            self.env.step(action)
-        return time.perf_counter() - start
+    def run(self, actions: np.ndarray, lengths: np.ndarray | None = None) -> np.ndarray:
+        """(2,) `clocks` for all control steps of (steps, num_envs * cores, 7) actions, of each environment the first of `lengths`."""
+        start = clocks()
+        for t, action in enumerate(actions):
+            self.env.step(action, None if lengths is None else t < lengths)
+        return clocks() - start
 
-    def record(self, actions: np.ndarray) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+    def record(self, actions: np.ndarray, lengths: np.ndarray | None = None) -> list[list[tuple[np.ndarray, np.ndarray]]]:
         """For each environment and step: the physics state before the step, and the torques at its end."""
         rows = []
-        for action in actions:
+        for t, action in enumerate(actions):
             before = [self._physics(data) for data in self.env.data]
-            self.env.step(action)
+            self.env.step(action, None if lengths is None else t < lengths)
             rows.append([(state, data.ctrl.copy()) for state, data in zip(before, self.env.data, strict=True)])
-        return list(zip(*rows, strict=True))
+        record = list(zip(*rows, strict=True))
+        return record if lengths is None else [row[:length] for row, length in zip(record, lengths, strict=True)]
 
-    def limit(self, record) -> float:
-        """Seconds for 25 bare mj_step from each recorded state, each thread with its share of the environments."""
+    def limit(self, record) -> np.ndarray:
+        """(2,) `clocks` for 25 bare mj_step from each recorded state, each thread with its share of the environments."""
 
         def bare(core):
             for data, steps in list(zip(self.bare, record, strict=True))[core :: self.cores]:
@@ -213,9 +230,9 @@ class Ours:
                     data.ctrl[:] = torques
                     mujoco.mj_step(self.model, data, nstep=SUBSTEPS)
 
-        start = time.perf_counter()
+        start = clocks()
         list(self.threads.map(bare, range(self.cores)))
-        return time.perf_counter() - start
+        return clocks() - start
 
     def _physics(self, data: mujoco.MjData) -> np.ndarray:
         state = np.empty(mujoco.mj_stateSize(self.model, FULL))
@@ -230,44 +247,71 @@ class Ours:
 def measure(task_id: str, args: Args, cores: int, progress: Progress) -> dict:
     """Everything about one task; speeds in control steps a second."""
     task = load_task(task_id, args.assets)
-    progress.stage(task_id, 3 * args.blocks)
+    episodes = collect(task, args.demonstrations * min(args.blocks, 4), replayable=True) if args.demonstrations else []
+    progress.stage(task_id, (3 + bool(episodes)) * args.blocks)
     libero = Libero(task_id, args.assets, cores)
     rng = np.random.default_rng(0)
+
+    def random_motions(block: int, ours: Ours) -> tuple[np.ndarray, list[np.ndarray]]:
+        n = ours.env.num_envs
+        states = ours.prepare((block * args.num_envs + np.arange(n)) % len(task.init_states))
+        return states, list(np.clip(0.3 * rng.normal(size=(n, args.steps, 7)), -1.0, 1.0))
+
+    def demonstrations(block: int, ours: Ours) -> tuple[np.ndarray, list[np.ndarray]]:
+        chosen = [episodes[(block * args.demonstrations + k) % len(episodes)] for k in range(ours.env.num_envs)]
+        return np.stack([e.states[0] for e in chosen]), [e.actions for e in chosen]
+
     counts = [1] if cores == 1 else [1, cores]
-    ours = {c: Ours(task, args.num_envs, c) for c in counts}
-    seconds = {(name, c): [] for c in counts for name in ("libero", "ours", "limit")}
-    for block in range(args.blocks + 1):  # the first one compiles and warms up, and is not counted
-        for c in counts:
-            n = args.num_envs * c
-            states = ours[c].prepare((block * args.num_envs + np.arange(n)) % len(task.init_states))
-            actions = np.clip(0.3 * rng.normal(size=(args.steps, n, 7)), -1.0, 1.0)
-            start = ours[c].env.snapshot()
-            record = ours[c].record(actions)
-            kinds = {
-                # each process takes one core's share of the states
-                "libero": lambda c=c, s=states, a=actions: libero(c, "run", s[: args.num_envs], a[:, : args.num_envs]),
-                "ours": lambda c=c, a=actions: ours[c].run(a),
-                "limit": lambda c=c, r=record: ours[c].limit(r),
-            }
-            names = list(kinds)
-            for name in names[block % 3 :] + names[: block % 3]:
-                ours[c].env.restore(start)
-                taken = kinds[name]()
-                if block > 0:
-                    seconds[name, c].append(taken)
-        if block > 0:
-            progress.update(2, f"ours {args.num_envs * args.steps / np.median(seconds['ours', 1]):.0f} steps/s a core")
+    result = summarise(take_turns(task, args.num_envs, counts, random_motions, libero, args, progress), cores)
+    if episodes:
+        speeds = take_turns(task, args.demonstrations, [1], demonstrations, libero, args, progress)
+        result["demonstrations"] = summarise(speeds, 1)
     resets = measure_resets(task, libero, args)
     progress.update(args.blocks)
     libero.close()
+    result["reset_seconds"] = resets
+    result["reset_ratios"] = {name: resets["libero"] / value for name, value in resets.items() if name != "libero"}
+    return result
+
+
+def take_turns(task: Task, num_envs: int, counts: list[int], work, libero: Libero, args: Args, progress: Progress) -> dict:
+    """{(whose, cores): control steps/s in each block, by both `clocks`}. `work(block, ours)` gives start states and the actions of each
+    environment, (T_i, 7)."""
+    kinds = {"ours": "exact"} | ({"sleep": "sleep"} if choose_physics("auto", "cpu") == "sleep" else {})
+    ours = {(name, c): Ours(task, num_envs, c, physics) for c in counts for name, physics in kinds.items()}
+    names = ["libero", *kinds, "limit"]
+    speeds = {(name, c): [] for c in counts for name in names}
+    for block in range(args.blocks + 1):  # the first one compiles and warms up, and is not counted
+        for c in counts:
+            exact = ours["ours", c]
+            states, each = work(block, exact)
+            lengths = np.array([len(actions) for actions in each])
+            padded = np.stack([np.pad(a, ((0, lengths.max() - len(a)), (0, 0))) for a in each], axis=1)
+            for name in kinds:
+                ours[name, c].env.set_state(states)
+            starts = {name: ours[name, c].env.snapshot() for name in kinds}
+            record = exact.record(padded, lengths)
+            turn = block % len(names)
+            for name in names[turn:] + names[:turn]:
+                if name == "libero":  # each process takes one core's share of the states
+                    taken, steps = libero(c, "run", states[:num_envs], each[:num_envs]), c * lengths[:num_envs].sum()
+                elif name == "limit":
+                    taken, steps = exact.limit(record), lengths.sum()
+                else:
+                    ours[name, c].env.restore(starts[name])
+                    taken, steps = ours[name, c].run(padded, lengths), lengths.sum()
+                if block > 0:
+                    speeds[name, c].append(steps / taken)
+        if block > 0:
+            progress.update(len(counts), f"ours {np.median(speeds['ours', 1], 0)[1]:.0f} steps/s a core")
     for o in ours.values():
         o.close()
-    return summarise(seconds, resets, args, cores)
+    return speeds
 
 
 def measure_resets(task: Task, libero: Libero, args: Args) -> dict[str, float]:
     """Seconds for resetting one environment."""
-    found: dict[str, list[float]] = {"libero": [libero(1, "reset") for _ in range(5)]}
+    found: dict[str, list[float]] = {"libero": [libero(1, "reset")[0] for _ in range(5)]}
     for name, settle in (("ours", 0), ("ours_settled", 10)):
         env = make_env(task, args.num_envs, settle_steps=settle, num_threads=1)
         for when in ("first", "again"):
@@ -331,20 +375,21 @@ def measure_warp(task: Task, args: Args, device: str) -> dict[int, dict[str, flo
     return found
 
 
-def summarise(seconds, resets: dict[str, float], args: Args, cores: int) -> dict:
-    speed = lambda name, c: c * args.num_envs * args.steps / np.array(seconds[name, c])  # noqa: E731
-    result = {name: float(np.median(speed(name, 1))) for name in ("libero", "ours", "limit")}
-    result["all_cores"] = {name: float(np.median(speed(name, cores))) for name in ("libero", "ours", "limit")}
-    result["ratios"] = {  # median and quartiles over the blocks
-        "ours_over_libero": quartiles(speed("ours", 1) / speed("libero", 1)),
-        "ours_over_limit": quartiles(speed("ours", 1) / speed("limit", 1)),
-        "ours_over_libero_all_cores": quartiles(speed("ours", cores) / speed("libero", cores)),
-        "ours_over_limit_all_cores": quartiles(speed("ours", cores) / speed("limit", cores)),
-        "scaling": quartiles(speed("ours", cores) / speed("ours", 1) / cores),
-        "scaling_of_the_limit": quartiles(speed("limit", cores) / speed("limit", 1) / cores),
-    }
-    result["reset_seconds"] = resets
-    result["reset_ratios"] = {name: resets["libero"] / value for name, value in resets.items() if name != "libero"}
+def summarise(speeds: dict[tuple[str, int], list[np.ndarray]], cores: int) -> dict:
+    """Medians, and the ratios' median and quartiles over the blocks, of what `take_turns` gives: of one core by what it took of it,
+    whatever else ran there, of several by the clock."""
+    names = list(dict.fromkeys(name for name, _ in speeds))
+    clock = {key: np.array(values)[:, 0] for key, values in speeds.items()}
+    speed = {key: np.array(values)[:, 1] if key[1] == 1 else clock[key] for key, values in speeds.items()}
+    result = {name: float(np.median(speed[name, 1])) for name in names}
+    result["all_cores"] = {name: float(np.median(speed[name, cores])) for name in names}
+    result["ratios"] = {}
+    for label, c in (("", 1), ("_all_cores", cores)):
+        for name in ("ours", "sleep"):
+            for other in ("libero", "limit") if name in names else ():
+                result["ratios"][f"{name}_over_{other}{label}"] = quartiles(speed[name, c] / speed[other, c])
+    for name, label in (("ours", "scaling"), ("limit", "scaling_of_the_limit")):
+        result["ratios"][label] = quartiles(clock[name, cores] / clock[name, 1] / cores)
     return result
 
 
@@ -365,12 +410,25 @@ def report_warp(results: dict[str, dict], cores: int, pixels: bool) -> list[str]
 
 def report(results: dict[str, dict], cores: int) -> str:
     """The results as markdown."""
-    lines = [f"| control steps/s | LIBERO | ours | limit | ours / LIBERO | ours / limit | {cores} cores: LIBERO | ours | limit | scaling |"]
-    lines.append("|---" * 10 + "|")
-    for task, r in results.items():
-        one, all_cores = ([f"{x[name]:.0f}" for name in ("libero", "ours", "limit")] for x in (r, r["all_cores"]))
-        ratios = [spread(r["ratios"][name]) for name in ("ours_over_libero", "ours_over_limit", "scaling")]
-        lines.append(f"| {' | '.join([task, *one, *ratios[:2], *all_cores, ratios[2]])} |")
+    head = ["control steps/s", "LIBERO", "ours", "limit", "ours / LIBERO", "ours / limit", "sleep", "sleep / LIBERO", "sleep / limit"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = {f"{task}, {cores} cores": (r["all_cores"], r["ratios"], "_all_cores") for task, r in results.items()}
+    rows = {task: (r, r["ratios"], "") for task, r in results.items()} | rows
+    rows |= {
+        f"{t}, demonstrations": (r["demonstrations"], r["demonstrations"]["ratios"], "")
+        for t, r in results.items()
+        if "demonstrations" in r
+    }
+    for name, (speed, ratios, label) in rows.items():
+        cells = [name, *(f"{speed[who]:.0f}" for who in ("libero", "ours", "limit"))]
+        for who in ("ours", "sleep"):
+            cells += [f"{speed[who]:.0f}"] if who == "sleep" and who in speed else []
+            cells += [spread(ratios[f"{who}_over_{other}{label}"]) for other in ("libero", "limit") if who in speed]
+        lines.append(f"| {' | '.join(cells + [''] * (len(head) - len(cells)))} |")
+    lines += ["", "| scaling to all cores (1 is linear) | ours | limit |", "|---|---|---|"]
+    lines += [
+        f"| {task} | {spread(r['ratios']['scaling'])} | {spread(r['ratios']['scaling_of_the_limit'])} |" for task, r in results.items()
+    ]
     lines += ["", "| reset, ms | LIBERO | ours, first | again | with settling, first | again |", "|---" * 6 + "|"]
     for task, r in results.items():
         cells = [f"{r['reset_seconds']['libero'] * 1e3:.0f}"]
@@ -420,8 +478,8 @@ def measure_pixels(task_id: str, args: Args, cores: int, gl: str | None, progres
                 ("steps", "ours"): (n * args.steps, lambda c=c, a=actions: timed(steps, c, a)),
             }
             if libero is not None:
-                jobs["pictures", "libero"] = 2 * n, lambda c=c, s=states: libero(c, "pictures", s[: args.num_envs])
-                jobs["steps", "libero"] = c * args.steps, lambda c=c, s=states, a=actions: libero(c, "run", s[:1], a[:, :1])
+                jobs["pictures", "libero"] = 2 * n, lambda c=c, s=states: libero(c, "pictures", s[: args.num_envs])[0]
+                jobs["steps", "libero"] = c * args.steps, lambda c=c, s=states, a=actions: libero(c, "run", s[:1], [a[:, 0]])[0]
             names = list(jobs)
             for name in names[block % len(names) :] + names[: block % len(names)]:
                 ours[c].env.set_state(states)
@@ -467,8 +525,8 @@ def main() -> None:
     import tyro
 
     args = tyro.cli(Args)
-    if min(args.num_envs, args.steps, args.blocks, *args.worlds) < 1:
-        raise UserError("--num-envs, --steps, --blocks and --worlds are at least 1")
+    if min(args.num_envs, args.steps, args.blocks, 1 + args.demonstrations, *args.worlds) < 1:
+        raise UserError("--num-envs, --steps, --blocks and --worlds are at least 1, --demonstrations 0")
     if args.device == "cuda":
         from common.libero.warp_env import find_device
 

@@ -24,6 +24,8 @@ from common.runs import Progress, save_checkpoint, write_json
 
 needs_warp = pytest.mark.skipif(tuple(int(x) for x in mujoco.__version__.split(".")[:2]) < (3, 8), reason="MuJoCo Warp needs mujoco 3.8")
 
+RESETS = ("libero", "ours_first", "ours_again", "ours_settled_first", "ours_settled_again")
+
 
 def test_report_of_backends():
     rows = [
@@ -121,6 +123,41 @@ def test_the_demonstrator_does_the_same_on_both_backends(drawer_task):
         np.testing.assert_allclose(warp.actions, cpu.actions, atol=1e-3)
         np.testing.assert_allclose(warp.final_state[1 : 1 + drawer_task.model.nq], cpu.final_state[1 : 1 + drawer_task.model.nq], atol=1e-4)
     assert np.abs(episodes[0].actions - episodes[1].actions).max() > 0.05
+
+
+@pytest.mark.skipif(not hasattr(mujoco.mjtEnableBit, "mjENBL_SLEEP"), reason="needs MuJoCo 3.8 or later")
+def test_throughput_compares_the_same_work(drawer_task):
+    """Two environments, two and three steps, twice: five steps each time, of which LIBERO's stand-in says that they took 5 s."""
+    seen = []
+
+    def libero(cores, do, states, actions):
+        seen.append((cores, do, len(states), [len(a) for a in actions]))
+        return np.array([5.0, 2.5])
+
+    def work(block, ours):
+        return ours.prepare(np.array([block, block + 1])), [np.zeros((2, 7)), np.zeros((3, 7))]
+
+    progress = Progress(interval=1e9)
+    progress.stage("blocks", 1)
+    speeds = throughput.take_turns(drawer_task, 2, [1], work, libero, throughput.Args(blocks=1), progress)
+    assert seen == 2 * [(1, "run", 2, [2, 3])] and {name for name, _ in speeds} == {"libero", "ours", "sleep", "limit"}
+    (theirs,) = speeds["libero", 1]
+    np.testing.assert_array_equal(theirs, [1.0, 2.0])
+    assert all(speed.shape == (1, 2) and (speed > 0).all() for speed in map(np.array, speeds.values()))
+
+
+def test_throughput_is_of_processor_time_on_one_core_and_of_the_clock_on_all():
+    by_clocks = {"libero": [1.0, 2.0], "ours": [6.0, 10.0], "sleep": [12.0, 30.0], "limit": [8.0, 20.0]}
+    speeds = {(name, c): [c * np.array(speed)] * 3 for name, speed in by_clocks.items() for c in (1, 2)}
+    found = throughput.summarise(speeds, 2)
+    assert (found["ours"], found["all_cores"]["ours"]) == (10.0, 12.0) and found["ratios"]["scaling"] == [1.0, 1.0, 1.0]
+    ratios = {name: value[0] for name, value in found["ratios"].items()}
+    assert ratios["sleep_over_libero"] == 15.0 and ratios["sleep_over_limit"] == 1.5 and ratios["ours_over_limit_all_cores"] == 0.75
+    found |= {"reset_seconds": dict.fromkeys(RESETS, 0.001), "reset_ratios": dict.fromkeys(RESETS, 1.0)}
+    lines = throughput.report({"task": found | {"demonstrations": throughput.summarise(speeds, 1)}}, 2).splitlines()
+    assert lines[2].startswith("| task | 2 | 10 | 20 | 5.00 (5.00 to 5.00) | 0.50 (0.50 to 0.50) | 30 | 15.00 (15.00 to 15.00) | 1.50")
+    assert lines[3].startswith("| task, 2 cores | 2 | 12 | 16 | 6.00") and lines[4].startswith("| task, demonstrations | 2 | 10 | 20 |")
+    assert all(line.count("|") == 10 for line in lines[:5])
 
 
 @needs_warp
