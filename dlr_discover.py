@@ -30,7 +30,7 @@ from scipy.spatial.distance import cdist
 from torch import nn
 from torch.distributions import Categorical, Laplace, Normal
 
-from common import metrics, plots, rollout
+from common import metrics, plots, rollout, view
 from common.cli import Count, Fraction, NotNegative, Positive, PositiveOrInf, Range, UserError, run_command
 from common.data import Episode
 from common.libero.env import LiberoVectorEnv
@@ -768,6 +768,7 @@ def main() -> None:
         f"{len(corpus)} trajectories of {len(alive)} patterns, success {summary['success_rate']:.0%}, leakage {leakage['p_leak']:.0%}, "
         f"mean pairwise distance {summary['diversity']['mean_pairwise_distance']:.2f}",
     )
+    view.write_report(run.folder, task, run.progress)
 
 
 def note(logs: dict[str, float]) -> str:

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from torch.distributions import Normal
 
-from common import plots, rollout
+from common import plots, rollout, view
 from common.cli import Count, Fraction, NotNegative, Positive, PositiveOrInf, Range, UserError, run_command
 from common.libero.env import LiberoVectorEnv
 from common.networks import Normalizer, PixelEncoder, compiled, mlp, random_shift
@@ -358,6 +358,7 @@ def main() -> None:
         f"{summary['corpus_episodes']} trajectories, success {summary['success_rate']:.0%}, "
         f"mean pairwise distance {summary['diversity']['mean_pairwise_distance']:.2f}",
     )
+    view.write_report(run.folder, job.task, run.progress)
 
 
 def note(logs: dict[str, float]) -> str:

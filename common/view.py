@@ -44,6 +44,23 @@ UNIT = 1e-3  # m: paths are whole numbers of it
 DTW_UNIT = 1e-4  # m: distances are 16-bit numbers of it
 
 
+def write_report(run: Path, task: Task, progress: Progress) -> None:
+    """Write RUN/report.html of a run that has just ended, and a line about it.
+
+    It renders nothing: beside the paths are the videos that the run has made, of one episode a pattern. The run is done, so what goes
+    wrong here is said and no more.
+    """
+    path = default_out([run])
+    try:
+        source = _read(run, task)
+        page = {"sources": [describe(*source)], "fps": 20, "stride": 1}  # as rollout.make_videos writes them
+        page["videos"], page["videos_note"] = _videos_of_run(run, page["sources"][0]["episodes"])
+        _write(path, page)
+        progress.say(f"to look at: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    except Exception as error:
+        progress.say(f"no {path.name}: {' '.join(str(error).split()) or type(error).__name__}; python -m common.view {run} makes it")
+
+
 def write_page(
     path: Path,
     sources: Sequence[Path],
@@ -63,25 +80,27 @@ def write_page(
     """
     progress = progress or Progress()
     loaded = [_load(source, assets) for source in sources]
-    page = {"unit": UNIT, "dtw_unit": DTW_UNIT, "fps": FPS, "stride": STRIDE, "made": time.strftime("%Y-%m-%d %H:%M")}
-    page["sources"] = [describe(source, task, episodes) for source, task, episodes in loaded]
-    template = TEMPLATE.read_text()
-    page["videos"], page["videos_note"] = {}, ""
+    page = {"sources": [describe(*source) for source in loaded], "fps": FPS, "stride": STRIDE, "videos": {}, "videos_note": ""}
     if videos:
         possible, reason = available()
         if possible:
-            room = MAX_BYTES - len(template) - len(_as_json(page))
+            room = MAX_BYTES - len(TEMPLATE.read_text()) - len(_as_json(page))
             page["videos"], page["videos_note"] = _videos(page["sources"], loaded, videos, each, room, progress)
         else:
             page["videos_note"] = f"no videos: {reason}"
-    title = html.escape(page["sources"][0]["title"] + (f" and {len(sources) - 1} more" if len(sources) > 1 else ""))
-    text = template.replace("__TITLE__", title, 1).replace("__DATA__", _as_json(page), 1)
+    _write(path, page)
+
+
+def _write(path: Path, page: dict[str, Any]) -> None:
+    """The page with its data in it, whole or not at all."""
+    page = {"unit": UNIT, "dtw_unit": DTW_UNIT, "made": time.strftime("%Y-%m-%d %H:%M"), **page}
+    title = html.escape(page["sources"][0]["title"] + (f" and {n} more" if (n := len(page["sources"]) - 1) else ""))
     with atomic_path(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(TEMPLATE.read_text().replace("__TITLE__", title, 1).replace("__DATA__", _as_json(page), 1))
 
 
 def _load(source: Path, assets: str | None) -> tuple[Path, Task, list[Episode]]:
-    """The task and the episodes of a run or of a file; of very many episodes, as many of each pattern as there is room for."""
+    """A run or a file with its task and its episodes."""
     file = source / "corpus.hdf5" if source.is_dir() else source
     if source.is_dir():
         read_finished(source)
@@ -94,6 +113,12 @@ def _load(source: Path, assets: str | None) -> tuple[Path, Task, list[Episode]]:
         task = load_task(name.removesuffix(".bddl"), assets_like(attrs.get("assets"), assets))
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
+    return _read(source, task)
+
+
+def _read(source: Path, task: Task) -> tuple[Path, Task, list[Episode]]:
+    """The same, of a known task; of very many episodes, as many of each pattern as there is room for."""
+    file = source / "corpus.hdf5" if source.is_dir() else source
     episodes = read_episodes(file, task, judge=lambda unknown: goal_reached(task, unknown))
     names = group_names(episodes)
     order = round_robin(names)[:MAX_EPISODES]
@@ -276,6 +301,15 @@ def _videos(
     if left := len(order) - len(found):
         notes.append(f"{left} of {len(order)} videos are left out, or the page would be too large")
     return found, "; ".join(notes)
+
+
+def _videos_of_run(run: Path, episodes: Sequence[dict]) -> tuple[dict[str, str], str]:
+    """{"0:episode": base64 of an mp4} of those that lie in RUN/videos, and what to say where an episode has none."""
+    found = {}
+    for i in round_robin([e["group"] for e in episodes], 1):
+        if (file := run / "videos" / f"pattern_{episodes[i]['group']}.mp4").is_file():
+            found[f"0:{i}"] = base64.b64encode(file.read_bytes()).decode()
+    return found, f"a video of one episode a pattern; python -m common.view {run} makes all of them" if found else "the run made no videos"
 
 
 # ---------------------------------------------------------------------------------------------- command

@@ -457,6 +457,7 @@ def check_whole_job(run: Path, name: str, task, demos, iterations: int) -> dict:
     assert figures.keys() == {"paths.png", "dtw.png", "map.png", "success.png"}
     assert all(content.startswith(b"\x89PNG") for content in figures.values())
     assert list(run.glob("events.out.tfevents.*")) and not list(run.rglob(".*"))  # nothing temporary is left
+    assert f'"title":"{task.language}"' in (run / "report.html").read_text()
     checkpoint = load_checkpoint(run / "checkpoint.pt", name)
     assert checkpoint["stage"] == "done" and len(checkpoint["history"]) == iterations
     assert config["args"]["physics"] == summary["physics"] == attrs["training_physics"] == checkpoint["physics"] != "auto"

@@ -18,7 +18,7 @@ from common.data import read_episodes, write_episodes
 from common.libero.observation import StateObservation
 from common.libero.renderers import available, make_renderer
 from common.rollout import path_features
-from common.runs import save_checkpoint, write_json
+from common.runs import Progress, save_checkpoint, write_json
 from common.video import find_ffmpeg
 
 
@@ -47,7 +47,11 @@ def run(drawer_task, demos, tmp_path_factory):
 def written(tmp_path, sources, **options) -> tuple[str, dict]:
     """The page's text, and the data in it."""
     view.write_page(tmp_path / "page.html", sources, **options)
-    text = (tmp_path / "page.html").read_text()
+    return content(tmp_path / "page.html")
+
+
+def content(path) -> tuple[str, dict]:
+    text = path.read_text()
     (data,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', text, re.S)
     return text, json.loads(data)
 
@@ -165,6 +169,28 @@ def test_errors(run, tmp_path):
     with pytest.raises(UserError, match="--each must be at least 1"):
         view.main([run], each=0)
     assert not (tmp_path / "x.html").exists()
+
+
+def test_report_of_a_run_that_has_just_ended(run, drawer_task, tmp_path, monkeypatch, capsys):
+    """The run's own videos, at their own rate, and nothing is rendered; what goes wrong is a line."""
+    monkeypatch.setattr(view, "make_renderer", None)
+    shutil.copytree(run, folder := tmp_path / "run")
+    view.write_report(folder, drawer_task, Progress())
+    _, page = content(folder / "report.html")
+    assert page["videos"] == {} and page["videos_note"] == "the run made no videos"
+    (folder / "videos").mkdir()
+    (folder / "videos" / "pattern_2.mp4").write_bytes(b"a video")
+    view.write_report(folder, drawer_task, Progress())
+    _, page = content(folder / "report.html")
+    assert page["videos"] == {"0:4": base64.b64encode(b"a video").decode()} and "one episode a pattern" in page["videos_note"]
+    assert (page["fps"], page["stride"]) == (20, 1) and len(page["sources"][0]["episodes"]) == 7
+    assert capsys.readouterr().err.count(f"to look at: {folder / 'report.html'} (") == 2
+    before = (folder / "report.html").read_bytes()
+    (folder / "summary.json").write_text("{")
+    view.write_report(folder, drawer_task, Progress())
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"no report.html: {folder} is not a finished run" in said and "python -m common.view" in said
+    assert (folder / "report.html").read_bytes() == before
 
 
 def test_where_the_page_goes(run, demos):
