@@ -50,6 +50,8 @@ class Args(rollout.JobArgs):
     """learning rate of behaviour cloning"""
     learn_noise: NotNegative = 0.1
     """Gaussian noise on cloned observations, in units of their standard deviation: teaches the way back to the demonstrations"""
+    learn_switch_weight: Annotated[float, Range(1)] = 5.0
+    """weight of the gripper in the two steps from each change of its command on: without it the mean action waits there for ever"""
     hidden: Count = 256
     """width of the hidden layers"""
 
@@ -136,34 +138,42 @@ class Agent(nn.Module):
 def learn(args: Args, agent: Agent, demos: list[np.ndarray | dict], actions: list[np.ndarray], tick: Callable):
     """Behaviour cloning: maximise log pi(a | s) on demonstrations, observations (T_i, ...) and actions (T_i, 7).
 
-    A tenth of the episodes is held out; the weights of the best held-out loss are kept, and training stops after
-    `learn_patience` epochs without a better one. `tick(epoch, losses)` is called after each epoch.
+    The gripper's term is weighted by `rollout.switch_weights`. A tenth of the episodes is held out; the weights of the best held-out
+    loss are kept, and training stops after `learn_patience` epochs without a better one. `tick(epoch, losses)` is called after each epoch.
     """
     torch.manual_seed(args.seed + 1)
     agent.obs_encoder.fit(join(demos))
     held_out = np.arange(len(demos)) < (max(1, len(demos) // 10) if len(demos) > 1 else 0)
 
-    def tensors(mask):
-        obs, act = zip(*[(o, a) for o, a, m in zip(demos, actions, mask, strict=True) if m], strict=True)
-        return join(obs, agent.device), join(act, agent.device).float()
+    weights = [rollout.switch_weights(a, args.learn_switch_weight) for a in actions]
 
-    obs, act = tensors(~held_out)
-    test_obs, test_act = tensors(held_out if held_out.any() else ~held_out)  # a single demonstration
+    def tensors(mask):
+        columns = ([rows for rows, m in zip(column, mask, strict=True) if m] for column in (demos, actions, weights))
+        obs, act, weight = (join(column, agent.device) for column in columns)
+        return obs, act.float(), weight
+
+    obs, act, weight = tensors(~held_out)
+    test = tensors(held_out if held_out.any() else ~held_out)  # a single demonstration
+
+    def negative_log_likelihood(obs, act, weight):
+        log_prob = agent.policy(agent.obs_encoder(obs)).log_prob(act)
+        return -(log_prob[:, :-1].sum(-1) + weight * log_prob[:, -1]).mean()
+
     optimizer = torch.optim.Adam([*agent.obs_encoder.parameters(), *agent.actor.parameters(), agent.log_std], lr=args.learn_lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.learn_epochs, eta_min=args.learn_lr / 20)
     best, best_loss, best_epoch = copy.deepcopy(agent.state_dict()), math.inf, 0
     for epoch in range(args.learn_epochs):
         losses, batches = [], torch.randperm(len(obs), device=agent.device).split(args.learn_batch)
         for batch in batches:
-            features = agent.obs_encoder(agent.obs_encoder.augment(obs[batch], args.learn_noise))
-            loss = -agent.policy(features).log_prob(act[batch]).sum(-1).mean()
+            augmented = agent.obs_encoder.augment(obs[batch], args.learn_noise)
+            loss = negative_log_likelihood(augmented, act[batch], weight[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
         schedule.step()
         with torch.no_grad():
-            test_loss = -agent.policy(agent.obs_encoder(test_obs)).log_prob(test_act).sum(-1).mean().item()
+            test_loss = negative_log_likelihood(*test).item()
         total = sum(loss.item() * len(batch) for loss, batch in zip(losses, batches, strict=True))
         tick(epoch, {"learn/train_loss": total / len(obs), "learn/held_out_loss": test_loss})
         if test_loss < best_loss:

@@ -361,6 +361,17 @@ def observe_demos(env: LiberoVectorEnv, demos: Sequence[Episode], progress: Prog
     return seen
 
 
+def switch_weights(actions: np.ndarray, weight: float) -> np.ndarray:
+    """(T,) float32 weights of the gripper in a demonstration's actions (T, 7): `weight` in the two steps from each change of its sign on.
+
+    A demonstration closes its hand on arriving, in one step of a hundred; around it, a centimetre away, the hand is open and on its way.
+    A policy that is smooth over that makes of it an open hand that stands still, and so for ever: to close early costs little.
+    """
+    switch = np.diff(np.sign(actions[:, 6]), prepend=np.sign(actions[0, 6])) != 0
+    switch[1:] |= switch[:-1].copy()
+    return np.where(switch, weight, 1.0).astype(np.float32)
+
+
 def roll_out(env: LiberoVectorEnv, policy: Policy, jobs: Sequence[tuple[int, int]], tick: Callable[[Episode], Any]) -> list[Episode]:
     """Run one episode for each job (pattern, official init state, or -1 for a training reset) in an env without autoreset.
 

@@ -296,7 +296,7 @@ def linear_demos(number, patterns=3, seed=0, noise=0.02):
 
 def test_learn_recovers_a_linear_policy_of_each_pattern():
     demos, actions, labels, coefficients = linear_demos(90)
-    args = Args(hidden=64, learn_epochs=60, learn_batch=128, learn_lr=2e-3, learn_patience=60)
+    args = Args(hidden=64, learn_epochs=60, learn_batch=128, learn_lr=2e-3, learn_patience=60, learn_switch_weight=1)
     agent, critic = Agent(Normalizer(6), 3, 64), None
     critic = weights(agent.critic)
     dlr_discover.learn(args, agent, demos, actions, labels, lambda *_: None)
@@ -321,7 +321,7 @@ def held_out_loss(agent, demos, actions, labels, chosen) -> float:
 
 def test_learn_stops_early_and_keeps_the_best_weights():
     demos, actions, labels, _ = linear_demos(20, patterns=2, noise=0.5)  # little data, much noise: it overfits
-    args = Args(hidden=64, learn_epochs=300, learn_batch=64, learn_lr=3e-3, learn_patience=7)
+    args = Args(hidden=64, learn_epochs=300, learn_batch=64, learn_lr=3e-3, learn_patience=7, learn_switch_weight=1)
     agent, seen = Agent(Normalizer(6), 2, 64), []
     dlr_discover.learn(args, agent, demos, actions, labels, lambda epoch, row: seen.append((epoch, row, weights(agent))))
     losses = [row["learn/held_out_loss"] for _, row, _ in seen]

@@ -125,7 +125,7 @@ def test_learn_recovers_a_linear_policy_and_its_noise():
     demos, actions, coefficients = linear_demos(60, noise=0.15)
     agent = Agent(Normalizer(6), 64)
     critic = weights(agent.critic)
-    args = Args(hidden=64, learn_epochs=60, learn_batch=128, learn_lr=2e-3, learn_patience=60)
+    args = Args(hidden=64, learn_epochs=60, learn_batch=128, learn_lr=2e-3, learn_patience=60, learn_switch_weight=1)
     gaussian_ppo.learn(args, agent, demos, actions, lambda *_: None)
     assert same(weights(agent.critic), critic)  # the value function is Reinforce's
     obs = np.random.default_rng(9).normal(size=(500, 6)).astype(np.float32)
@@ -139,7 +139,7 @@ def test_learn_recovers_a_linear_policy_and_its_noise():
 
 def test_learn_stops_early_and_keeps_the_best_weights():
     demos, actions, _ = linear_demos(10, noise=0.5)  # little data, much noise: it overfits
-    args = Args(hidden=64, learn_epochs=300, learn_batch=64, learn_lr=3e-3, learn_patience=7)
+    args = Args(hidden=64, learn_epochs=300, learn_batch=64, learn_lr=3e-3, learn_patience=7, learn_switch_weight=1)
     agent, seen = Agent(Normalizer(6), 64), []
     gaussian_ppo.learn(args, agent, demos, actions, lambda epoch, row: seen.append((epoch, row, weights(agent))))
     losses = [row["learn/held_out_loss"] for _, row, _ in seen]
@@ -150,6 +150,48 @@ def test_learn_stops_early_and_keeps_the_best_weights():
         policy = agent.policy(agent.obs_encoder(torch.as_tensor(demos[0])))
     held_out = -MultivariateNormal(policy.mean, torch.diag_embed(policy.stddev**2)).log_prob(torch.as_tensor(actions[0])).mean()
     assert held_out.item() == pytest.approx(losses[best], rel=1e-4)
+
+
+def grasp(obs: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    """A hand on a line, observations (N, 2) of place and fingers, takes a step: the fingers need two steps to close."""
+    return np.stack([obs[:, 0] + actions[:, 0], np.clip(obs[:, 1] + 0.5 * np.sign(actions[:, 6]), 0, 1)], axis=1).astype(np.float32)
+
+
+def grasp_demo(rng) -> tuple[np.ndarray, np.ndarray]:
+    """Come slowly to 0, close on arriving, carry to 0.5: observations (T, 2) and actions (T, 7)."""
+    obs, actions = [np.array([rng.uniform(0.5, 1.0), 0.0], np.float32)], []
+    while obs[-1][0] < 0.5 or obs[-1][1] < 1:
+        x, fingers = obs[-1]
+        action = np.array([0.5 if fingers == 1 else -0.2 * x, 0, 0, 0, 0, 0, 1.0 if x < 0.05 or fingers else -1.0])
+        action[0] += 0.02 * rng.normal()
+        actions.append(action)
+        obs.append(grasp(obs[-1][None], action[None])[0])
+    return np.array(obs[:-1]), np.array(actions)
+
+
+@pytest.mark.parametrize("script", [gaussian_ppo, dlr_discover])
+def test_the_mean_action_closes_the_hand_where_demonstrations_do(script):
+    demos, actions = zip(*(grasp_demo(np.random.default_rng(k)) for k in range(12)), strict=True)
+    shut = {}
+    for weight in (1.0, script.Args.learn_switch_weight):
+        args = script.Args(learn_epochs=60, learn_batch=64, learn_lr=3e-3, learn_noise=0.3, learn_switch_weight=weight, learn_patience=60)
+        torch.manual_seed(0)
+        patterns = (1,) if script is dlr_discover else ()
+        agent = script.Agent(Normalizer(2), *patterns, 32)
+        script.learn(args, agent, demos, actions, *([[np.zeros(len(a), int) for a in actions]] if patterns else []), lambda *_: None)
+        obs = np.stack([np.linspace(0.5, 1.0, 20), np.zeros(20)], axis=1).astype(np.float32)
+        shut[weight] = np.zeros(20, bool)
+        for _ in range(60):
+            obs = grasp(obs, agent.act(obs, np.zeros(20, int)))
+            shut[weight] |= obs[:, 1] == 1
+    assert not shut[1.0].any()  # it stands there, open
+    assert shut[script.Args.learn_switch_weight].all()
+
+
+def test_switch_weights_are_of_each_change_and_the_step_after():
+    actions = np.zeros((9, 7))
+    actions[:, 6] = [-1, -1, 1, 1, 1, 0.3, -0.2, -1, 1]
+    np.testing.assert_array_equal(rollout.switch_weights(actions, 5.0), [1, 1, 5, 5, 1, 1, 5, 5, 5])
 
 
 def test_learn_with_one_demonstration():
