@@ -23,7 +23,7 @@ from common.demos.geometry import UP, joint_at, rotation_vector
 from common.demos.motion import GAIN, OPEN, SPEED, TURN_GAIN, TURN_SPEED, Hand, PlanError, ramp
 from common.demos.pick_place import PickPlace
 from common.libero import Task
-from common.libero.goals import predicate_holds
+from common.libero.goals import predicate_holds, touching_geoms
 from common.libero.step import NO_OP
 from common.libero.tasks import Predicate
 
@@ -92,7 +92,9 @@ def unsettled(task: Task, data: mujoco.MjData) -> bool:
     """Whether things are still falling: some of LIBERO's start high up in the air, or are thrown up out of the table."""
     model = task.model
     free = [o.body for o in task.objects.values() if o.joint_qpos is not None]
-    touching = model.body_rootid[model.geom_bodyid[data.contact.geom]]  # at the top of its flight a thing is slow, but touches nothing
+    touching = model.body_rootid[
+        model.geom_bodyid[touching_geoms(data, model)]
+    ]  # at the top of its flight a thing is slow, but touches nothing
     speeds = [np.linalg.norm(data.qvel[model.body_dofadr[body] :][:3]) for body in free]
     return max(speeds, default=0.0) > 0.3 or not np.isin(free, touching).all()
 

@@ -131,7 +131,6 @@ class LiberoVectorEnv(LiberoEnv):
         self._state_indices = np.zeros(num_envs, np.int64)
         self._all, self._num_threads = np.arange(num_envs), num_threads or max(1, usable_cores() // _processes)
         self._threads = ThreadPoolExecutor(self._num_threads)
-        self._scratch = mujoco.MjData(task.model)
 
     # ------------------------------------------------------------------ gymnasium's interface
 
@@ -155,7 +154,7 @@ class LiberoVectorEnv(LiberoEnv):
         self._elapsed[moving] += 1
         terminated = self._near.copy()
         for i in np.flatnonzero(self._near):
-            terminated[i] = self._contacts_hold(self.data[i])
+            terminated[i] = contacts_hold(self.task.goal, self.data[i], self.task.model)
         truncated = ~terminated & (self._elapsed >= self.max_steps)
         observations, info = self._obs.copy(), {}
         done = terminated | truncated
@@ -273,15 +272,6 @@ class LiberoVectorEnv(LiberoEnv):
         if self.physics == "sleep":
             data.tree_asleep[:] = asleep
             update_sleep(self.model, data)
-
-    def _contacts_hold(self, data: mujoco.MjData) -> bool:
-        if contacts_hold(self.task.goal, data, self.model):
-            return True
-        if self.physics == "exact" or data.ntree_awake == self.model.ntree:
-            return False
-        self._scratch.qpos[:] = data.qpos  # contacts of bodies that sleep are not listed: find them with all awake
-        mujoco.mj_fwdPosition(self.task.model, self._scratch)
-        return contacts_hold(self.task.goal, self._scratch, self.model)
 
 
 def physics_model(model: mujoco.MjModel, physics: str) -> mujoco.MjModel:

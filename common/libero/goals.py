@@ -43,12 +43,35 @@ def contacts_hold(goal: Sequence[Predicate], data: mujoco.MjData, model: mujoco.
 
 
 def in_contact(data: mujoco.MjData, model: mujoco.MjModel, geoms_1: tuple[int, ...], geoms_2: tuple[int, ...]) -> bool:
-    """Whether any geom of one group touches any of the other in the current contact list."""
-    pairs = data.contact.geom  # (ncon, 2)
+    """Whether any geom of one group touches any of the other."""
     first, second = np.zeros(model.ngeom, bool), np.zeros(model.ngeom, bool)
     first[list(geoms_1)], second[list(geoms_2)] = True, True
-    a, b = pairs[:, 0], pairs[:, 1]
-    return bool(np.any((first[a] & second[b]) | (first[b] & second[a])))
+
+    def among(pairs: np.ndarray) -> bool:
+        a, b = pairs[:, 0], pairs[:, 1]
+        return bool(np.any((first[a] & second[b]) | (first[b] & second[a])))
+
+    return among(data.contact.geom) or (some_sleep(data, model) and among(touching_geoms(data, model)))
+
+
+def touching_geoms(data: mujoco.MjData, model: mujoco.MjModel) -> np.ndarray:
+    """Pairs of geoms that touch, (n, 2): MuJoCo's contact list, and the contacts of bodies that sleep, which are not in it."""
+    if not some_sleep(data, model):
+        return data.contact.geom
+    awake = _scratch(model)
+    mujoco.mj_resetData(model, awake)
+    awake.qpos[:] = data.qpos
+    mujoco.mj_fwdPosition(model, awake)
+    return awake.contact.geom
+
+
+def some_sleep(data: mujoco.MjData, model: mujoco.MjModel) -> bool:
+    return getattr(data, "ntree_awake", model.ntree) < model.ntree  # MuJoCo before 3.8 doesn't sleep
+
+
+@functools.lru_cache(maxsize=4)
+def _scratch(model: mujoco.MjModel) -> mujoco.MjData:
+    return mujoco.MjData(model)
 
 
 def success(task: Task, data: mujoco.MjData) -> bool:
