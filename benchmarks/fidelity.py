@@ -94,6 +94,8 @@ class Args:
     """of backends: episodes of a policy on a task"""
     num_envs: int = 64
     """of backends: parallel environments"""
+    max_steps: int | None = None
+    """of backends: end episodes after so many control steps (default: LIBERO's cap), for tests"""
     device: Literal["cuda", "cpu"] = "cuda"
     """of backends: where Warp computes (cpu is a hundred times slower than the CPU backend)"""
     json: Path | None = None
@@ -391,7 +393,9 @@ def backends(args: Args) -> list[dict]:
         jobs.append((task, "scripted", lambda env, ways=ways: Scripted(env, ways, 0.1), tries, {}))
     for task, policy, make, tries, options in jobs:
         progress.stage(f"{task.id}, {policy}", 2 * len(tries))
-        row = compare_backends(task, make, tries, args.num_envs, args.device, lambda e: progress.update(1), **options)
+        row = compare_backends(
+            task, make, tries, args.num_envs, args.device, lambda e: progress.update(1), max_steps=args.max_steps, **options
+        )
         rows.append({"task": task.id, "policy": policy, **row})
         if args.json is not None:
             write_json(args.json, {"device": args.device, "versions": versions(), "backends": rows})

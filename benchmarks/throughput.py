@@ -79,8 +79,8 @@ class Args:
     """demonstrations a block (0: none)"""
     pixels: bool = False
     """measure pictures instead of steps from states"""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """cuda: measure the GPU as well, next to the CPU on all cores"""
+    device: Literal["cpu", "cuda", "warp-cpu"] = "cpu"
+    """cuda: measure the GPU as well, next to the CPU on all cores; warp-cpu: the same loops on Warp's CPU device, for tests"""
     worlds: list[int] = dataclasses.field(default_factory=lambda: [256, 1024, 4096, 8192])
     """numbers of environments on the GPU"""
     json: Path | None = None
@@ -541,8 +541,8 @@ def main() -> None:
         progress.say(f"LIBERO's own pictures are not measured: {reason}")
     for task in tasks:
         results[task] = measure_pixels(task, args, cores, gl, progress) if args.pixels else measure(task, args, cores, progress)
-        if args.device == "cuda":
-            results[task]["warp"] = measure_warp(load_task(task, args.assets), args, "cuda")
+        if args.device != "cpu":
+            results[task]["warp"] = measure_warp(load_task(task, args.assets), args, args.device.removeprefix("warp-"))
         if args.json is not None:
             write_json(args.json, {**results[tasks[0]], "cores": cores, "tasks": results, "versions": versions()})
     progress.close()

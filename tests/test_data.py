@@ -557,6 +557,19 @@ def test_recorder(tmp_path):
     assert check_file(tmp_path / "a.hdf5", TASK) == []
 
 
+def test_what_idle_environments_do_is_in_no_episode():
+    """The last of three is idle until step 2, and the first from step 3 on."""
+    env, cut = FakeEnv(), []
+    recorder = Recorder(env)
+    for step in range(8):
+        recorder.before()
+        env.step()
+        active = np.array([step < 3, True, step >= 2])
+        ended = np.array([step in (2, 5), step == 7, step in (1, 7)])
+        cut += [(step, i, one.length) for i, one in recorder.after(np.zeros((3, 7)), ended, ended & False, active)]
+    assert cut == [(2, 0, 3), (7, 1, 8), (7, 2, 6)]
+
+
 def test_recorder_refuses_other_autoreset():
     gymnasium = pytest.importorskip("gymnasium")
     env = FakeEnv()

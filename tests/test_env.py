@@ -23,7 +23,7 @@ from common.libero import env as env_module
 from common.libero import load_task, make_env, step
 from common.libero.env import LiberoVectorEnv, mass_addresses
 from common.libero.goals import predicate_holds, success
-from common.libero.observation import observe_states
+from common.libero.observation import axis_angle, axis_angles, observe_states
 from common.libero.tasks import Predicate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,6 +105,18 @@ def test_axis_angle_matrix_closed_form():
     for v in ([0.5, 0.0, 0.0], [0.0, -0.3, 0.0], [0.1, 0.2, -0.4], [1e-6, 0.0, 2e-6]):
         step._axis_angle_matrix(np.array(v), matrix)
         np.testing.assert_allclose(matrix, scipy_rotation.from_rotvec(v).as_matrix(), atol=2e-7)  # robosuite's float32
+
+
+def test_axis_angles_are_those_of_rotations():
+    rng = np.random.default_rng(0)
+    quats = np.vstack([rng.normal(size=(50, 4)), [[1, 0, 0, 0], [-1, 0, 0, 0], [1, 1e-9, 0, 0]]])
+    quats /= np.linalg.norm(quats, axis=1, keepdims=True)
+    vectors = axis_angles(quats)
+    np.testing.assert_array_equal(vectors, [axis_angle(q) for q in quats])
+    rotations = pytest.importorskip("scipy.spatial.transform").Rotation
+    np.testing.assert_allclose(
+        rotations.from_rotvec(vectors).as_matrix(), rotations.from_quat(quats[:, [1, 2, 3, 0]]).as_matrix(), atol=1e-6
+    )
 
 
 def test_mass_matrix_is_mujocos(drawer_task):

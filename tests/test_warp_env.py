@@ -200,6 +200,20 @@ def test_success_terminates_and_masks_reset(drawer_task, envs, rest):
     np.testing.assert_array_equal(env.get_state(), first)
 
 
+def test_worlds_that_are_idle_do_nothing(envs, rest):
+    """An idle world's action is a no-op, whatever the policy says; arrays and tensors."""
+    torch = pytest.importorskip("torch")
+    _, env = envs
+    actions, found = np.full((2, 7), 0.5), []
+    for given, active in ((np.stack([actions[0], NO_OP]), None), (actions, np.array([True, False]))):
+        env.set_state(rest)
+        env.step(given, active)
+        found.append(env.get_state())
+    np.testing.assert_array_equal(*found)
+    kept = env._only(torch.as_tensor(actions), np.array([True, False]))
+    np.testing.assert_array_equal(kept.numpy(), np.stack([actions[0], NO_OP]))
+
+
 def test_autoreset_tensors_and_snapshot(drawer_task):
     """SAME_STEP on the device: torch tensors, the next episode's first observation, final_obs, and the same future from a snapshot."""
     torch = pytest.importorskip("torch")

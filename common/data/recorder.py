@@ -34,22 +34,23 @@ class Recorder:
         """Call before `env.step`."""
         self._steps.append({"states": np.array(self.env.get_state(), np.float64)})
 
-    def after(self, actions: np.ndarray, terminated: np.ndarray, truncated: np.ndarray) -> list[tuple[int, Episode]]:
+    def after(
+        self, actions: np.ndarray, terminated: np.ndarray, truncated: np.ndarray, active: np.ndarray | None = None
+    ) -> list[tuple[int, Episode]]:
         """Call after `env.step` with its actions and flags; returns (environment, episode) for those that ended.
 
         Recorded is what the controller made of the actions: clipped to [-1, 1], of the gripper the sign (0 is open).
-        An episode is a success if it terminated.
+        An episode is a success if it terminated. What environments that are not `active` (num_envs,) do is in no episode.
         """
         actions = np.clip(np.array(actions, np.float64), -1, 1)
         actions[:, 6] = np.where(actions[:, 6] == 0, -1, np.sign(actions[:, 6]))  # NaN stays, for the writer to refuse
         proprio = self.env.proprioception()
         self._steps[-1].update(actions=actions, **{name: np.array(proprio[name], np.float64) for name in PROPRIO})
-        finished = np.flatnonzero(np.asarray(terminated) | np.asarray(truncated))
-        if not len(finished):
-            return []
-        final_states = np.array(self.env.get_state(), np.float64)
+        finished = np.asarray(terminated) | np.asarray(truncated)
+        idle = np.zeros(len(actions), bool) if active is None else ~np.asarray(active)
+        final_states = np.array(self.env.get_state(), np.float64) if (finished & ~idle).any() else None
         episodes = []
-        for i in finished:
+        for i in np.flatnonzero(finished & ~idle):
             steps = self._steps[self._starts[i] :]
             arrays = {name: np.array([step[name][i] for step in steps]) for name in steps[0]}
             episode = Episode(
@@ -60,7 +61,7 @@ class Recorder:
                 final_state=final_states[i],
             )
             episodes.append((int(i), episode))
-        self._starts[finished] = len(self._steps)
+        self._starts[finished | idle] = len(self._steps)
         oldest = self._starts.min()
         del self._steps[:oldest]
         self._starts -= oldest

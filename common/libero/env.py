@@ -63,6 +63,15 @@ class LiberoEnv(VectorEnv):
             raise ValueError(f"init_state indices run from 0 to {len(self.task.init_states) - 1}")
         return indices
 
+    def _checked_actions(self, actions) -> np.ndarray:
+        """Actions (num_envs, 7) float64; ValueError for another shape, and for what is no finite number."""
+        actions = np.asarray(actions)
+        kind = "" if actions.dtype.kind in "fiub" else f" of {actions.dtype}"
+        actions = actions if kind else np.ascontiguousarray(actions, np.float64)
+        if kind or actions.shape != (self.num_envs, 7) or not np.isfinite(actions).all():
+            raise ValueError(f"actions must be finite numbers of shape {(self.num_envs, 7)}, not {actions.shape}{kind}")
+        return actions
+
     def _checked_states(self, states: np.ndarray, envs: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """The environments meant by `envs` (None: all), and their states (n, 1 + nq + nv) float64; ValueError for another shape."""
         envs = np.arange(self.num_envs) if envs is None else np.asarray(envs)
@@ -146,9 +155,7 @@ class LiberoVectorEnv(LiberoEnv):
         return self._observations(), {"state_index": self._state_indices.copy()}
 
     def step(self, actions, active: np.ndarray | None = None):
-        actions = np.ascontiguousarray(actions, np.float64)
-        if actions.shape != (self.num_envs, 7) or not np.isfinite(actions).all():
-            raise ValueError(f"actions must be finite numbers of shape {(self.num_envs, 7)}, not {actions.shape}")
+        actions = self._checked_actions(actions)
         moving = self._all if active is None else np.flatnonzero(active)
         self._advance(actions, moving)
         self._elapsed[moving] += 1

@@ -25,7 +25,7 @@ from gymnasium.vector import AutoresetMode
 
 from common.cli import UserError
 from common.libero.env import LiberoEnv, LiberoVectorEnv, mass_addresses
-from common.libero.observation import axis_angle
+from common.libero.observation import axis_angles
 from common.libero.step import NO_OP, SUBSTEPS
 from common.libero.tasks import Task
 from common.libero.warp_start import start_warp, warp_device
@@ -324,8 +324,11 @@ class LiberoWarpEnv(LiberoEnv):
             return self._out(self._obs), {"state_index": self._out(self._memory.state_index)}
 
     def step(self, actions, active: np.ndarray | None = None):
-        """As `LiberoVectorEnv.step`, but that all worlds move: Warp's go in step, so nothing is saved by `active`."""
+        """As `LiberoVectorEnv.step`, but that all worlds are simulated: those that are not `active` do nothing. At rest they take the
+        constraint solver, which ends with the slowest world, few iterations."""
         with self.on_device():
+            if active is not None:
+                actions = self._only(actions, active)
             self._take_actions(actions)
             if self._graph is None:
                 self._control_step()
@@ -383,7 +386,7 @@ class LiberoWarpEnv(LiberoEnv):
     def proprioception(self) -> dict[str, np.ndarray]:
         """LIBERO's robot observations, (num_envs, .) float64 each; see `common.libero.observation.proprioception`."""
         sensed = {name: x.cpu().numpy().astype(np.float64) for name, x in self.sensed().items()}
-        return sensed | {"ee_ori": np.stack([axis_angle(q) for q in sensed["ee_quat"][:, [3, 0, 1, 2]]])}
+        return sensed | {"ee_ori": axis_angles(sensed["ee_quat"][:, [3, 0, 1, 2]])}
 
     def sensed(self) -> dict[str, torch.Tensor]:
         """`proprioception` but for ee_ori, as float32 tensors on the device."""
@@ -467,15 +470,21 @@ class LiberoWarpEnv(LiberoEnv):
         self._seed_array.fill_(int(np.random.default_rng(seed).integers(2**31)))
         self._memory.episode.zero_()
 
+    @staticmethod
+    def _only(actions, active: np.ndarray):
+        """Actions (num_envs, 7) of the active worlds, and no-ops for the others, which are at rest: array or tensor as given."""
+        if isinstance(actions, torch.Tensor):
+            mask = torch.as_tensor(np.asarray(active), device=actions.device)[:, None]
+            return torch.where(mask, actions, torch.as_tensor(NO_OP, dtype=actions.dtype, device=actions.device))
+        return np.where(np.asarray(active)[:, None], actions, NO_OP)
+
     def _take_actions(self, actions) -> None:
         if self.tensors and not isinstance(actions, np.ndarray):
             if tuple(actions.shape) != (self.num_envs, 7):
                 raise ValueError(f"actions must have shape {(self.num_envs, 7)}, not {tuple(actions.shape)}")
             wp.copy(self._memory.actions, wp.from_torch(actions.detach().float().contiguous()))
             return
-        actions = np.ascontiguousarray(actions, np.float64)
-        if actions.shape != (self.num_envs, 7) or not np.isfinite(actions).all():
-            raise ValueError(f"actions must be finite numbers of shape {(self.num_envs, 7)}, not {actions.shape}")
+        actions = self._checked_actions(actions)
         self._memory.actions.assign(actions.astype(np.float32))
 
     def _check_contacts(self) -> None:
