@@ -9,7 +9,10 @@ import functools
 import logging
 import math
 import os
+import re
+import resource
 import secrets
+import signal
 import stat
 import sys
 import tempfile
@@ -24,23 +27,56 @@ class UserError(Exception):
     """Something the user can mend (a wrong task, file, flag or version). The message is one line: what is wrong, what to do."""
 
 
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_unfinished: set[Path] = set()  # files that are being written
+
+
 def run_command(main: Callable[[], None]) -> None:
-    """Run `main`; a `UserError` or a full or unwritable disk becomes one line on stderr and exit code 2."""
+    """Run `main`; what the machine lacks (space, a disk that can be written, memory, files) and a `UserError` become one line on stderr and
+    exit code 2, Ctrl-C one line and 130. A second Ctrl-C does not wait for anything."""
     try:
         main()
     except UserError as error:
         sys.exit(_fail(str(error)))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
+    except (OSError, RuntimeError, MemoryError) as error:
+        if (line := _shortage(error)) is None:
             raise
-        sys.exit(_fail(f"cannot write {error.filename}: {error.strerror}; free some space or choose another folder"))
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
-            raise
-        sys.exit(_fail(f"the GPU's memory is full ({str(error).splitlines()[0]}); take fewer environments, or smaller batches"))
+        sys.exit(_fail(line))
     except KeyboardInterrupt:
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGINT, _leave)
+        _remove_unfinished()  # a second one may have come amid that
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _shortage(error: Exception) -> str | None:
+    """What the machine lacks, and what to do, if that is what `error` says."""
+    said, number = (str(error).splitlines() or [""])[0], getattr(error, "errno", None)
+    if number in UNWRITABLE:
+        return f"cannot write {error.filename}: {error.strerror}; free some space or choose another folder"
+    if number in (errno.EMFILE, errno.ENFILE):
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return f"too many files are open in this process, which may have {limit}; allow more: ulimit -n {max(4096, 2 * limit)}"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        return f"the GPU's memory is full ({said}); take fewer environments, or smaller batches"
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or "can't allocate memory" in said or "std::bad_alloc" in said:
+        return f"the memory is full ({said or 'out of memory'}); take fewer environments or workers, or smaller batches"
+    if "can't start new thread" in said or number == errno.EAGAIN:
+        return f"no more threads or processes can be started ({said}); stop others, or allow more: ulimit -u"
+    return None
+
+
+def _leave(*_) -> None:
+    """End at once."""
+    _remove_unfinished()
+    os._exit(130)
+
+
+def _remove_unfinished() -> None:
+    for path in list(_unfinished):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _fail(message: str) -> int:
@@ -96,18 +132,34 @@ def check_ranges(args: Any) -> None:
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is flushed to disk and renamed over `path`, else removed."""
+    """Yield a temporary path beside `path`; on success it is flushed to disk and renamed over `path`, else removed.
+
+    OSError, in the name of `path`, if that is not possible."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}-{secrets.token_hex(6)}{path.suffix}")
-    os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))  # with the permissions that the user's umask leaves
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _unfinished.add(temporary)
+        os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))  # with the permissions that the user's umask leaves
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # a full disk is reported without the file's name, or in that of the temporary one
+        if error.errno in UNWRITABLE and error.filename in (None, str(temporary)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that can't be written any more
+            temporary.unlink(missing_ok=True)
+        _unfinished.discard(temporary)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed amid writing (SIGKILL, a crash) have left in a folder, in which no other one writes."""
+    for path in folder.rglob(".*-*"):
+        if re.fullmatch(r"\..+-[0-9a-f]{12}(\.\w+)?", path.name) and path.is_file():
+            path.unlink()
 
 
 def lock(path: str | os.PathLike) -> IO | None:

@@ -34,8 +34,9 @@ from common.video import write_video
 # Observations (as the environment returns them), patterns (N,) -> actions (N, 7). A policy that remembers (that is amid a chunk of
 # actions) also has `begin(envs)`, which is called as new episodes begin in the environments `envs` (n,).
 Policy = Callable[[np.ndarray, np.ndarray], np.ndarray]
-# At most so many environments evaluate and roll out the corpus: for 50 to 400 episodes, more would mostly idle.
-EVAL_ENVS = 64
+# At most so many environments evaluate and roll out the corpus, by backend. On CPU cores, more would mostly idle in the end. A GPU takes
+# about as long for 512 worlds as for 64, and then 50 to 400 episodes run at once instead of one after the other.
+EVAL_ENVS = {"cpu": 64, "warp": 512}
 
 
 @dataclasses.dataclass
@@ -125,7 +126,9 @@ class Job:
         self.renderer, self.videos = find_renderer(args.obs, args.videos, args.corpus_images, run.progress)
         how = observation(args) | {"backend": args.backend, "device": args.device}
         self.train_env = make_env(task, args.num_envs, seed=args.seed, physics=args.physics, **how)
-        self.eval_env = make_env(task, min(args.num_envs, EVAL_ENVS), seed=args.seed, **how, autoreset_mode=AutoresetMode.DISABLED)
+        self.eval_env = make_env(
+            task, min(args.num_envs, EVAL_ENVS[args.backend]), seed=args.seed, **how, autoreset_mode=AutoresetMode.DISABLED
+        )
         self.demos, self.demo_source = load_demos(
             args.demos, task, args.num_demos, args.demo_noise, args.seed, run.progress, args.filter_key
         )
@@ -192,6 +195,9 @@ class Job:
         """
         run, args, task, env, progress = self.run, self.args, self.task, self.eval_env, self.run.progress
         per_pattern = run.checkpoint.get("evaluation") or self.evaluate(policy, patterns, "Reinforce")
+        trained = run.checkpoint["history"][-1][1:]
+        for line in gaps(per_pattern, trained):
+            progress.say(line)
         corpus = collect_corpus(env, policy, patterns, args.corpus_episodes, args.seed + 4, run.script, progress)
         if not corpus:
             raise UserError(f"no rollout succeeded, so there is no corpus to write; the logs are in {run.folder}")
@@ -209,6 +215,7 @@ class Job:
             "task": task.id,
             "success_rate": float(np.mean([row["success_rate"] for row in per_pattern])),
             "per_pattern": per_pattern,
+            "success_in_training": trained,
             "diversity": metrics.diversity(features) | {"dtw_within": within, "dtw_between": between},
             "smoothness": metrics.smoothness([e.proprio["ee_pos"] for e in corpus], [e.actions for e in corpus]),
             "consistency": consistency,
@@ -224,6 +231,26 @@ class Job:
 def succeeds(stop_success: float, rates: Sequence[float]) -> bool:
     """Whether the success of all patterns is enough to stop at: their mean, and each within 5 points of it."""
     return bool(np.mean(rates) >= stop_success and min(rates) >= stop_success - 0.05)
+
+
+def gaps(per_pattern: Sequence[dict], trained: Sequence[float]) -> list[str]:
+    """A warning for each pattern whose success in the evaluation and in the last episodes of training differ by more than 10 points.
+
+    Args: rows of `Job.evaluate`; success in training by pattern, NaN where it is not known.
+    """
+    found = []
+    for row in per_pattern:
+        name, then, now = (
+            f"pattern {row['pattern']}" if len(per_pattern) > 1 else "the policy",
+            trained[row["pattern"]],
+            row["success_rate"],
+        )
+        if abs(now - then) > 0.1 + 1e-9:  # never where it is NaN
+            found.append(
+                f"warning: {name} succeeded {then:.0%} in the last episodes of training (sampled actions, training starts, training's "
+                f"physics) and {now:.0%} in the evaluation (mean actions, official starts, exact physics)"
+            )
+    return found
 
 
 class Trainer:
@@ -305,7 +332,8 @@ def observation(args: JobArgs) -> dict[str, Any]:
 
 
 def choose_devices(args: Any) -> Any:
-    """The script's arguments with what `auto` means on this machine in the place of --device, --backend, --physics and --encoder.
+    """A script's arguments with what `auto` means on this machine in the place of --device and --backend, and of the RL scripts'
+    --physics and --encoder.
 
     --device cpu takes the simulator off the GPU, too: --backend warp then runs on Warp's CPU device, which is for tests. So without
     a GPU, `auto` isn't enough for it.
@@ -316,6 +344,8 @@ def choose_devices(args: Any) -> Any:
     if device == "cuda":  # what distributions check about their arguments is read from the GPU, and waited for, several times a minibatch
         torch.distributions.Distribution.set_default_validate_args(False)
     backend = choose_backend(args.backend, args.num_envs, device)
+    if not isinstance(args, JobArgs):  # a VLA script's
+        return dataclasses.replace(args, device=device, backend=backend)
     encoder = args.encoder if args.encoder != "auto" else "small" if device == "cpu" else "resnet18"
     chosen = {"physics": choose_physics(args.physics, backend), "encoder": encoder}
     return dataclasses.replace(args, device=device, backend=backend, image_size=args.image_size or CONVOLUTIONS[encoder][1], **chosen)
@@ -401,13 +431,12 @@ def roll_out(env: LiberoVectorEnv, policy: Policy, jobs: Sequence[tuple[int, int
         actions, idle = policy(obs, patterns), current < 0
         recorder.before()
         obs, _, terminated, truncated, _ = env.step(actions, ~idle)
-        for i, episode in recorder.after(actions, terminated, truncated | idle):  # what idle environments record is cut off and dropped
-            if not idle[i]:
-                pattern, init_state = jobs[current[i]]
-                episode.attrs.update(pattern=int(pattern), init_state=int(init_state))
-                episodes[current[i]] = episode
-                if tick(episode):
-                    return episodes
+        for i, episode in recorder.after(actions, terminated, truncated, ~idle):
+            pattern, init_state = jobs[current[i]]
+            episode.attrs.update(pattern=int(pattern), init_state=int(init_state))
+            episodes[current[i]] = episode
+            if tick(episode):
+                return episodes
         if len(ended := np.flatnonzero((terminated | truncated) & ~idle)):
             obs = assign(ended)
     return episodes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import io
@@ -11,8 +12,9 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 import tyro
 
-from common.cli import UserError, atomic_path, lock
+from common.cli import UserError, atomic_path, lock, remove_leftovers
 
 
 def versions() -> dict[str, str]:
@@ -53,15 +55,8 @@ def write_json(path: Path, content: Any) -> None:
             return plain(value.item())
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    _write(path, (json.dumps(plain(content), indent=2) + "\n").encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(content)
-    except OSError as error:  # a full disk is reported without the file's name
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(plain(content), indent=2) + "\n")
 
 
 def make_run(folder: str, task_name: str, script: str, args) -> Path:
@@ -146,7 +141,7 @@ class Run:
         if self.folder is not None:
             self.args = resumed_args(self.folder, script, cls)
         self.checkpoint: dict[str, Any] = {"script": script, "stage": "start", "seconds": 0.0}
-        self.began = time.time()
+        self.began = time.monotonic()  # the clock may be set
         self.training = self.stopping = False
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
@@ -170,6 +165,7 @@ class Run:
         else:
             self._compare(read_config(self.folder), depends, found["torch"])
             self._lock()
+            remove_leftovers(self.folder)
             self.checkpoint = load_checkpoint(self.folder / "checkpoint.pt", self.script)
             if (found_name := self.checkpoint.get("name", name)) != name:
                 raise UserError(f"{self.folder / 'checkpoint.pt'} is not this run's: it is of {found_name}")
@@ -180,7 +176,9 @@ class Run:
         # what was logged after the checkpoint is logged again
         done = self.checkpoint.get("env_steps", self.checkpoint.get("step"))
         again = done + 1 if done is not None else 0 if self.stage == "start" else None
-        self.writer = SummaryWriter(str(self.folder), purge_step=again if self.args.resume else None)
+        threading.excepthook = _writer_failed
+        with self._logging():
+            self.writer = SummaryWriter(str(self.folder), purge_step=again if self.args.resume else None)
 
     def _compare(self, config: dict, depends: dict[str, Any], torch_version: str) -> None:
         for name, now in depends.items():
@@ -216,24 +214,34 @@ class Run:
     @property
     def seconds(self) -> float:
         """What the run has taken so far, of all the times that it was started."""
-        return self.checkpoint["seconds"] + time.time() - self.began
+        return self.checkpoint["seconds"] + time.monotonic() - self.began
 
     def save(self, stage: str, **content) -> None:
         """Keep `content` beside what the checkpoint holds, and that `stage` is done."""
         self.checkpoint.update(content, stage=stage, seconds=self.seconds)
-        self.began = time.time()
+        self.began = time.monotonic()
         save_checkpoint(self.folder / "checkpoint.pt", self.checkpoint)
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Scalars for TensorBoard. UserError if a loss is not finite: what was learned since would be worthless."""
         for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+            with self._logging():
+                self.writer.add_scalar(name, value, step)
             if name.endswith("loss") and not math.isfinite(value):
-                self.writer.flush()
+                with self._logging():
+                    self.writer.flush()
                 raise UserError(
                     f"{name} is {value} at step {step}: training has diverged; start a new run with a lower learning rate. The last "
                     f"checkpoint of {self.folder} is from before"
                 )
+
+    @contextlib.contextmanager
+    def _logging(self) -> Iterator[None]:
+        """What TensorBoard's thread couldn't write, it says at the next call, without the file's name."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.folder)) from error
 
     def ticker(self, stage: str, total: int, note: str, each: int = 1) -> Callable[[int, dict[str, float]], None]:
         """A function (step, values) to call after each of `total` steps, or after each `each` of them, which logs the values and shows
@@ -259,6 +267,11 @@ class Run:
         while trainer.iteration < trainer.num_iterations:
             logs = trainer.run_iteration()
             self.log(logs, trainer.env_steps)
+            if not torch.stack([p.detach().isfinite().all() for p in trainer.agent.parameters()]).all():
+                raise UserError(  # losses are of before the last update
+                    f"weights are not finite after step {trainer.env_steps}, since a gradient was not: training has diverged; start a new "
+                    f"run with a lower learning rate. The last checkpoint of {self.folder} is from before"
+                )
             self.progress.update(1, note(logs))
             due = trainer.iteration % self.args.checkpoint_interval == 0 and trainer.iteration < trainer.num_iterations
             if due or self.stopping:
@@ -275,9 +288,16 @@ class Run:
         """Write summary.json, with how long it took and the versions, and say goodbye."""
         write_json(self.folder / "summary.json", summary | {"wall_seconds": self.seconds, "versions": versions()})
         self.save("done")
-        self.writer.close()
+        with self._logging():
+            self.writer.close()
         self.progress.close()
         self.progress.say(f"done: {line}; see {self.folder}")
+
+
+def _writer_failed(failure: threading.ExceptHookArgs) -> None:
+    """Of TensorBoard's thread, whose errors `Run.log` raises again: nothing more is said."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -294,7 +314,8 @@ def save_checkpoint(path: Path, content: dict) -> None:
 
     buffer = io.BytesIO()  # torch's own writer reports a full disk as an internal error
     torch.save(plain(content), buffer)
-    _write(path, buffer.getvalue())
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
 
 
 def load_checkpoint(path: Path, script: str) -> dict:
@@ -339,7 +360,7 @@ class Progress:
     """One progress bar over a run's stages, or a plain line every few seconds where there is no terminal."""
 
     def __init__(self, interval: float = 10.0):
-        self.interval, self.start, self.last = interval, time.time(), 0.0
+        self.interval, self.start, self.last = interval, time.monotonic(), -math.inf
         self.terminal = sys.stderr.isatty()
         self.bar = None
         self.stage_name = ""
@@ -349,8 +370,8 @@ class Progress:
         from tqdm import tqdm
 
         self.close()
-        self.stage_name, self.total, self.done, self.stage_start, self.first = name, max(1, total), done, time.time(), done
-        self.last = 0.0
+        self.stage_name, self.total, self.done, self.stage_start, self.first = name, max(1, total), done, time.monotonic(), done
+        self.last = -math.inf
         if self.terminal:
             form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
             self.bar = tqdm(total=self.total, initial=done, desc=name, bar_format=form, dynamic_ncols=True, leave=False)
@@ -361,15 +382,15 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(amount)
-        elif time.time() - self.last >= self.interval:
-            self.last = time.time()
+        elif time.monotonic() - self.last >= self.interval:
+            self.last = time.monotonic()
             spent = self.last - self.stage_start
             left = spent / max(1, self.done - self.first) * (self.total - self.done)
             self.say(f"{self.stage_name} {self.done / self.total:4.0%}  {note}  {left:.0f} s left")
 
     def say(self, line: str) -> None:
         """Print a line without tearing the bar."""
-        line = f"[{time.time() - self.start:6.0f} s] {line}"
+        line = f"[{time.monotonic() - self.start:6.0f} s] {line}"
         if self.bar is not None:
             self.bar.write(line, file=sys.stderr)
         else:

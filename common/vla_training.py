@@ -246,12 +246,12 @@ class Batches:
             for step in steps:
                 numbers = self._draws(step, self.args.batch_size)
                 for part in parts:
-                    asked = time.time()
+                    asked = time.monotonic()
                     try:
                         batch = next(source)
                     except UserError as error:
                         raise ReadError(str(error)) from None
-                    self.waited += time.time() - asked
+                    self.waited += time.monotonic() - asked
                     yield self._prepare(batch, numbers, part)
 
     def fixed(self, rows: list[int]) -> Iterator[dict[str, torch.Tensor]]:
@@ -297,36 +297,37 @@ class Log:
         run.progress.say(f"{parameters:.1f} M parameters on {where}; {len(batches.chunks)} training samples, {steps} steps")
         self.flops = count_flops(batches)
         run.progress.stage("train", steps, step)
-        self.since, self.done = time.time(), step  # speed is measured from here on
-        self.noted, self.note = 0.0, ""
+        self.since, self.done = time.monotonic(), step  # speed is measured from here on
+        self.noted, self.note = -math.inf, ""
 
     def step(self, step: int, loss: torch.Tensor, norm: torch.Tensor, rate: float) -> None:
         """`step` steps are done, the last of which had this loss, norm of the gradient and learning rate.
 
-        Raises UserError if the loss is not finite.
+        Raises UserError if the loss or the norm is not finite.
         """
-        args, seconds = self.batches.args, time.time() - self.since
+        args, seconds = self.batches.args, time.monotonic() - self.since
         speed = (step - self.done) * args.batch_size / seconds
-        if time.time() - self.noted >= self.run.progress.interval:
+        if time.monotonic() - self.noted >= self.run.progress.interval:
             self.note = f"loss {loss.item():.3f}  {speed:.0f} samples/s  {speed * self.flops / 1e12:.3g} TFLOP/s"
-            self.noted = time.time()
+            self.noted = time.monotonic()
         self.run.progress.update(1, self.note)
         if step % 50 and step % args.checkpoint_interval and step < self.steps:
             return
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss.item()} at step {step}; start again with a smaller --lr than {args.lr}")
+        for name, value in (("loss", loss), ("norm of the gradient", norm)):
+            if not math.isfinite(value):
+                raise UserError(f"the {name} is {value.item()} at step {step}; start again with a smaller --lr than {args.lr}")
         self.results |= {"samples_per_second": speed, "tflops_per_second": speed * self.flops / 1e12}
         charts = {"losses/train": loss.item(), "losses/grad_norm": norm.item(), "charts/learning_rate": rate}
         charts |= {f"charts/{name}": value for name, value in self.results.items() if "per_second" in name}
         charts |= {"charts/epoch": step / self.batches.order.steps_per_epoch, "charts/data_wait": self.batches.waited / seconds}
         self.run.log(charts, step)
-        self.since, self.done, self.batches.waited = time.time(), step, 0.0
+        self.since, self.done, self.batches.waited = time.monotonic(), step, 0.0
 
     def validate(self, step: int) -> None:
         """Loss and action error of the averaged weights on at most 256 held-out samples, always the same."""
         if self.held_out is None:
             return
-        began, held_out = time.time(), self.held_out
+        began, held_out = time.monotonic(), self.held_out
         loss, error, count = 0.0, 0.0, 0.0
         rows = torch.linspace(0, len(held_out.chunks) - 1, min(256, len(held_out.chunks))).long().unique().tolist()
         for batch in held_out.fixed(rows):
@@ -339,4 +340,4 @@ class Log:
         self.results |= {"validation": loss / len(rows), "action_l1": error / count}
         self.run.log({f"losses/{name}": self.results[name] for name in ("validation", "action_l1")}, step)
         self.run.progress.say(f"step {step}: validation loss {loss / len(rows):.4f}, action error {error / count:.4f}")
-        self.since += time.time() - began  # not the training's
+        self.since += time.monotonic() - began  # not the training's

@@ -358,6 +358,26 @@ def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(begin):
     assert load_checkpoint(let_go(run).folder / "checkpoint.pt", "dlr_discover")["trainer"]["iteration"] == 1
 
 
+def test_weights_that_are_not_finite_are_never_saved(begin):
+    """A gradient that is NaN in the last update of an iteration, whose losses are finite."""
+    run, trainer = begin(), Counting(at=lambda: trainer.agent.weight.data.fill_(math.nan) and None)
+    trainer.agent = torch.nn.Linear(1, 1)
+    with pytest.raises(UserError, match="weights are not finite after step 20, since a gradient was not.*lower learning rate"):
+        run.train(trainer, lambda logs: "")
+    assert load_checkpoint(let_go(run).folder / "checkpoint.pt", "dlr_discover")["trainer"]["iteration"] == 1
+
+
+def test_success_that_training_and_evaluation_disagree_on_is_said():
+    rows = [{"pattern": z, "success_rate": rate} for z, rate in ((0, 0.8), (1, 0.79), (3, 1.0), (4, 0.1))]
+    lines = rollout.gaps(rows, [0.9, 0.9, 0.0, 0.7, math.nan])
+    assert [line.partition(" in the last")[0] for line in lines] == [
+        "warning: pattern 1 succeeded 90%",
+        "warning: pattern 3 succeeded 70%",
+    ]
+    assert "and 79% in the evaluation" in lines[0]
+    assert rollout.gaps([{"pattern": 0, "success_rate": 0.5}], [0.7])[0].startswith("warning: the policy succeeded 70%")
+
+
 def test_a_resumed_run_logs_each_step_once(begin):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -479,7 +499,7 @@ def test_run_command_leaves_bugs_their_traceback(error):
 def test_progress_without_a_terminal_is_plain_lines(monkeypatch):
     stream, now = io.StringIO(), [1000.0]
     monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr(runs.time, "time", lambda: now[0])
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
     progress = Progress(interval=10.0)
     progress.stage("Learn", 100, done=20)  # 20 were done before this process
     for _ in range(40):

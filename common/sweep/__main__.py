@@ -121,7 +121,7 @@ class View:
     """What is going on: a few lines that are drawn over in a terminal, else a line a minute; and a line for each run that ends."""
 
     def __init__(self, jobs: list[Job], workers: int):
-        self.jobs, self.workers, self.progress, self.drawn, self.last = jobs, workers, Progress(), 0, time.time()
+        self.jobs, self.workers, self.progress, self.drawn, self.last = jobs, workers, Progress(), 0, time.monotonic()
         self.failed: dict[Job, str] = {}
         self.done = {job for job in jobs if job.done}
         self.expected = estimate(jobs)
@@ -140,13 +140,13 @@ class View:
         self._clear()
         self.progress.say(line)
         if self.progress.terminal:  # draw again what was cleared
-            self.last = 0.0
+            self.last = -math.inf
 
     def update(self, pending: list[Job]) -> None:
         interval = 2.0 if self.progress.terminal else 60.0
-        if time.time() - self.last < interval:
+        if time.monotonic() - self.last < interval:
             return
-        self.last = time.time()
+        self.last = time.monotonic()
         running = [job for job in pending if job.running]
         left = sum(max(self.expected(job) - job.seconds, 0.1 * self.expected(job)) for job in pending) / self.workers
         when = f", about {left / 3600:.1f} h left" if left > 3600 else f", about {left / 60:.0f} min left"

@@ -66,7 +66,7 @@ class Job:
     @property
     def running(self) -> bool:
         last = (self.attempts() or [{"outcome": "none yet"}])[-1]
-        return last["outcome"] is None and time.time() - last["end"] < 6 * NOTE
+        return last["outcome"] is None and abs(time.time() - last["end"]) < 6 * NOTE
 
     def attempts(self) -> list[dict]:
         """Each `start` and `end` (Unix time; the end of a running or killed one is a few seconds old), `host`, and `outcome`: "done",
@@ -114,9 +114,10 @@ def attempt(job: Job, stop: threading.Event | None = None) -> str:
         else:
             told = ["--resume", str(run)]
         now = {"start": time.time(), "end": time.time(), "host": socket.gethostname(), "outcome": None}
+        clock = time.monotonic()  # the other one may be set
 
         def note(outcome: str | None = None) -> None:
-            now.update(end=time.time(), outcome=outcome)
+            now.update(end=now["start"] + time.monotonic() - clock, outcome=outcome)
             with atomic_path(job.folder / "attempts.json") as temporary:
                 temporary.write_text(json.dumps([*earlier, now], indent=2) + "\n")
 
@@ -136,9 +137,9 @@ def attempt(job: Job, stop: threading.Event | None = None) -> str:
             while child.poll() is None and reason is None:
                 if stop.is_set():
                     reason = "stopped"
-                elif time.time() - now["start"] + spent > job.limit:
+                elif time.monotonic() - clock + spent > job.limit:
                     reason = f"time limit of {job.limit / 60:g} min"
-                elif time.time() - now["end"] > NOTE:
+                elif time.monotonic() - clock > now["end"] - now["start"] + NOTE:
                     note()
                 else:
                     _wait(child, 0.2)

@@ -1,0 +1,162 @@
+"""benchmarks.faults on a toy script: all that scripts share (folder, lock, checkpoints, signals, lines) under every fault, in seconds; and
+the campaign finds what is wrong. `python -m benchmarks.faults` does the same to the scripts themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from torch.utils import tensorboard  # noqa: F401  (before forks, which then need not)
+
+from benchmarks import faults
+from benchmarks.faults import Case
+from common.cli import UserError, atomic_path, remove_leftovers
+from common.runs import Run, rng_state, set_rng_state
+
+CPU = torch.device("cpu")
+if sys.platform != "linux":
+    pytest.skip("processes and limits as Linux has them", allow_module_level=True)
+
+
+@dataclasses.dataclass
+class Args:
+    seed: int = 1
+    run_folder: str = "runs"
+    resume: str | None = None
+    allow_mismatch: bool = False
+    checkpoint_interval: int = 2
+
+
+class Trainer:
+    """Six steps of a small regression whose data are drawn as it goes."""
+
+    num_iterations = 6
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.agent, self.iteration, self.history = torch.nn.Linear(3, 1), 0, []
+        self.optimizer = torch.optim.Adam(self.agent.parameters())
+
+    @property
+    def env_steps(self):
+        return self.iteration
+
+    def run_iteration(self):
+        loss = self.agent(torch.randn(8, 3)).square().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.iteration += 1
+        self.history.append([self.iteration, loss.item()])
+        return {"losses/value_loss": loss.item()}
+
+    def state_dict(self):
+        parts = {"agent": self.agent.state_dict(), "optimizer": self.optimizer.state_dict(), "rng": rng_state(CPU)}
+        return parts | {"iteration": self.iteration, "history": self.history}
+
+    def load_state_dict(self, state):
+        self.agent.load_state_dict(state["agent"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        set_rng_state(state["rng"], CPU)
+        self.iteration, self.history = state["iteration"], state["history"]
+
+
+def script() -> None:
+    run, trainer = Run("toy", Args), Trainer()
+    run.open("suite/task", depends={})
+    if run.stage in ("start", "reinforce"):
+        run.train(trainer, lambda logs: "")
+    trainer.agent.load_state_dict(run.checkpoint["agent"])
+    with atomic_path(run.folder / "corpus.hdf5") as temporary, h5py.File(temporary, "w") as file:
+        for k in range(3):
+            for name in ("states", "actions"):
+                file.create_dataset(f"data/demo_{k}/{name}", data=np.outer(trainer.agent.weight.detach().numpy(), range(k + 2)))
+    run.finish({"success_rate": 1.0}, "well")
+
+
+def forgetful() -> None:
+    """A script that resumes with other random numbers."""
+    trained = set_rng_state
+    globals()["set_rng_state"] = lambda *_: None
+    try:
+        script()
+    finally:
+        globals()["set_rng_state"] = trained
+
+
+@pytest.fixture
+def quiet(monkeypatch):
+    torch.set_num_threads(1)
+    monkeypatch.setattr(faults.Progress, "say", lambda *_: None)
+
+
+def test_runs_outlive_every_fault(tmp_path, quiet):
+    possible = [fault for fault in faults.FAULTS if fault not in faults.VLA_ALONE]
+    if os.getuid() != 0 or subprocess.run(["unshare", "-m", "true"]).returncode:  # what may not mount
+        possible = [fault for fault in possible if fault not in ("disk full", "read-only")]
+    rows = faults.campaign([Case("toy", script, [])], possible, 1, 0, tmp_path, tmp_path / "rows.json")
+    assert faults.report(rows).splitlines() == ["| | toy |", "|---|---|", *(f"| {fault} | 1 of 1 |" for fault in possible)]
+
+
+def test_what_is_not_continued_exactly_is_found(tmp_path, quiet):
+    (row,) = faults.campaign([Case("toy", forgetful, [])], ["kill"], 4, 0, tmp_path)
+    assert row["sound"] < 4 and all("other weights" in line for line in row["wrong"])
+    assert faults.report([row]).splitlines()[2] == f"| kill | {row['sound']} of 4 |"
+
+
+def test_damage_tracebacks_and_codes_are_found(tmp_path):
+    (tmp_path / "a.json").write_text('{"half')
+    (tmp_path / "b.pt").write_bytes(b"half")
+    (tmp_path / "c.hdf5").write_bytes(b"half")
+    (tmp_path / ".d-0123456789ab.json").write_text('{"half')
+    assert sorted(line.split(" is damaged")[0] for line in faults.damaged(tmp_path)) == ["a.json", "b.pt", "c.hdf5"]
+    log = tmp_path / "log"
+    for text, code, found in (
+        ("[ 0 s] x\nerror: y\n", 2, None),
+        ("Traceback\nValueError: y\n", 1, "a traceback: ValueError: y"),
+        ("well\n", 2, "no line: well"),
+        ("interrupted\n", 130, "exit code 130: interrupted"),
+    ):
+        log.write_text(text)
+        assert faults.complaint(log, code, {0, 2}) == found
+    with pytest.raises(UserError, match="toy does not run: a traceback: ZeroDivisionError"):
+        faults.undisturbed(Case("toy", lambda: 1 / 0, []), tmp_path / "runs")
+
+
+def test_leftovers_of_a_kill_are_removed_and_nothing_else(tmp_path):
+    keep = ["checkpoint.pt", ".hidden", ".x-0123456789ab.pt.txt", ".checkpoint-0123456789AB.pt", "a/b-0123456789ab.pt"]
+    for name in [*keep, ".checkpoint-0123456789ab.pt", "a/.paths-ffffffffffff.png", "a/.lock-00000000000f"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == sorted(keep)
+
+
+def test_a_clock_that_is_set_back_takes_no_time_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["toy.py", "--run-folder", str(tmp_path)])
+    run, now = Run("toy", Args), time.time
+    monkeypatch.setattr(time, "time", lambda: now() - 3600)
+    assert 0 <= run.seconds < 60
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_table_of_reports_names_tests_that_exist():
+    """docs/notebook/reports.md: 29 rows, each with a test."""
+    rows = re.findall(r"^\| (\d+) \|.*\|(.*)\|$", (ROOT / "docs" / "notebook" / "reports.md").read_text(), re.M)
+    assert [int(number) for number, _ in rows] == list(range(1, 30))
+    for number, named in rows:
+        tests = re.findall(r"`(test_\w+\.py)::(test_\w+)`", named)
+        assert tests, number
+        for file, test in tests:
+            assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{number}: {file} has no {test}"
