@@ -111,10 +111,22 @@ def init_states_file(suite: str, index: int) -> Path:
 
 
 def official_init_states(suite: str, index: int) -> np.ndarray:
-    """LIBERO's 50 init states: a pickle as torch writes it, read without torch by a loader that admits numpy arrays only."""
-    with zipfile.ZipFile(init_states_file(suite, index)) as file:
-        (name,) = (n for n in file.namelist() if n.endswith("/data.pkl"))
-        return np.asarray(_ArrayUnpickler(io.BytesIO(file.read(name))).load(), np.float64)
+    """LIBERO's init states, (50, 1 + nq + nv): a pickle as torch writes it, read without torch by a loader that admits numpy arrays only.
+
+    UserError if it is anything else.
+    """
+    path = init_states_file(suite, index)
+    try:
+        with zipfile.ZipFile(path) as file:
+            (name,) = (n for n in file.namelist() if n.endswith("/data.pkl"))
+            states = np.asarray(_ArrayUnpickler(io.BytesIO(file.read(name))).load(), np.float64)
+        if states.ndim != 2 or not len(states) or not np.isfinite(states).all():
+            raise ValueError(f"an array of shape {states.shape}, not rows of finite numbers")
+    except Exception as error:  # of many kinds, from damaged and foreign files
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        install = "pip install --no-deps --force-reinstall -r requirements-libero.txt"
+        raise UserError(f"{path} is no file of init states ({reason}); install LIBERO again: {install}") from error
+    return states
 
 
 class _ArrayUnpickler(pickle.Unpickler):
