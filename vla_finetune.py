@@ -4,6 +4,8 @@ LIBERO's published protocol.
     python vla_finetune.py --checkpoint runs/PRETRAINED --data demos/libero_goal/*.hdf5             # its tasks are evaluated
     python vla_finetune.py --data demos/libero_goal/*.hdf5                                          # the same without pretraining
     python vla_finetune.py --checkpoint runs/RUN --eval-only --tasks libero_spatial libero_90/9
+    python vla_finetune.py --eval-only --policy my_module:act --tasks libero_spatial                # anyone's (docs/policies.md)
+    python vla_finetune.py --eval-only --policy ws://localhost:8000 --tasks libero_spatial
     python vla_finetune.py --resume runs/RUN
 
 The model and its losses are one file, common/vla_model.py. docs/vla_finetune.md explains every result and implementation detail.
@@ -27,7 +29,7 @@ from gymnasium.vector import AutoresetMode
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import rollout
+from common import policies, rollout
 from common.cli import Count, NotNegative, Positive, PositiveOrInf, Range, UserError, run_command
 from common.data import vla as vla_data
 from common.data.vla import ACTION_SIZE, CAMERAS, PROPRIO, Chunks, Order
@@ -86,11 +88,17 @@ class Args(TrainingArgs):
     tasks: list[str] = dataclasses.field(default_factory=list)
     """suites and tasks to evaluate on (default: the tasks of --data, else those that the checkpoint was trained on)"""
     eval_only: bool = False
-    """no training: evaluate --checkpoint as it is"""
+    """no training: evaluate --checkpoint, or --policy, as it is"""
+    policy: str | None = None
+    """anyone's policy: module:function, file.py:function, or a server that speaks openpi's protocol, ws://host:port"""
+    prompt: Literal["name", "bddl"] = "name"
+    """what --policy is told: the sentence in the task's name, as published ones are, or that in its BDDL file"""
+    policy_size: Annotated[int, Range(32, 512)] = 224
+    """pixels of the pictures that --policy is shown; they are drawn at 256"""
     trials: Annotated[int, Range(1, 50)] = 50
     """episodes a task, one from each official init state"""
-    replan: Count = 8
-    """actions of a chunk that are executed before the next one is predicted"""
+    replan: Count | None = None
+    """actions of a chunk that are executed before the next one is predicted (default: 8; of --policy, 5)"""
     num_envs: Count = 16
     """parallel environments"""
     videos: Annotated[int, Range(0)] = 1
@@ -98,15 +106,23 @@ class Args(TrainingArgs):
     backend: Literal["auto", "cpu", "warp"] = "auto"
     """simulator: cpu (all cores), warp (MuJoCo Warp on --device) or auto (warp on a GPU from 256 environments on)"""
     renderer: Literal["warp", "gl"] | None = None
-    """what draws the pictures (default: what drew those of the training)"""
+    """what draws the pictures (default: what drew those of the training; for --policy gl, where it starts, else warp)"""
     assets: str | None = None
     """a folder, libero (its own or none) or standin (default: those that the files were made on)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.checkpoint = self.checkpoint and str(Path(self.checkpoint).absolute())
-        if self.eval_only and not self.checkpoint:
-            raise UserError("--eval-only needs the --checkpoint to evaluate")
+        if self.eval_only and not (self.checkpoint or self.policy):
+            raise UserError("--eval-only needs the --checkpoint or the --policy to evaluate")
+        if self.policy and not self.eval_only:
+            raise UserError("--policy is only evaluated: pass --eval-only, too")
+        if self.policy and self.checkpoint:
+            raise UserError("--policy and --checkpoint are two policies: name one of them")
+        if self.policy and not self.tasks:
+            raise UserError("--policy needs the --tasks to evaluate it on")
+        if self.replan is None:
+            self.replan = 5 if self.policy else 8
         if self.eval_only and self.data:
             raise UserError("--eval-only does not train, so it takes no --data; name what to evaluate on with --tasks")
 
@@ -254,7 +270,7 @@ class ModelPolicy:
     """A model that is told one instruction. Its noise depends on (seed, init state, step) alone, not on the batch."""
 
     def __init__(self, model: VLA, instruction: str, seed: int):
-        self.model, self.seed = model.eval(), seed
+        self.model, self.prompt, self.seed = model.eval(), instruction, seed
         self.tokens = model.text.tokenize([instruction]).to(model.device)
 
     def __call__(self, images, proprio, init_states, steps) -> np.ndarray:
@@ -338,19 +354,29 @@ def make_videos(run: Path, task: Task, trials: list[Trial], count: int, renderer
         write_video(run / "videos" / name, camera.render(t.qpos)["agentview"])
 
 
-def evaluate_tasks(args: Args, model: VLA, meta: dict, tasks: list[str], run: Path, results: dict, progress: Progress) -> None:
+@dataclasses.dataclass
+class Subject:
+    """What is evaluated: its policy for a task, what is checked before, and how pictures are drawn for it."""
+
+    policy: Callable[[Task], Policy]
+    check: Callable[[Task, Policy, Renderer], None]
+    size: int  # pixels of a picture's side
+    renderer: str
+    assets: str | None  # what it was trained on, as `Task.assets`
+    device: str
+
+
+def evaluate_tasks(args: Args, subject: Subject, tasks: list[str], run: Path, results: dict, progress: Progress) -> None:
     """Evaluate task by task; RUN/results.json is written after each, and what it holds already is kept."""
-    renderer = args.renderer or meta["renderer"]
     rows = results.setdefault("tasks", [])
     for number, name in enumerate(tasks, start=1):
         if any(row["task"] == name for row in rows):
             continue
-        task = load_task(name, assets_like(meta["assets"], args.assets))
-        check_match(meta, task, renderer, args.allow_mismatch, progress.say)
-        size = model.config["image_size"]
-        simulator = {"backend": args.backend, "device": model.device.type}
-        camera = make_renderer(task.model, tuple(CAMERAS.values()), size, size, renderer, device=model.device.type)
-        progress.say(f"evaluate {number}/{len(tasks)}: {task.id}, {args.trials} trials; it is told to {task.language}")
+        task = load_task(name, assets_like(subject.assets, args.assets))
+        camera = make_renderer(task.model, tuple(CAMERAS.values()), subject.size, subject.size, subject.renderer, device=subject.device)
+        policy = subject.policy(task)
+        subject.check(task, policy, camera)
+        progress.say(f"evaluate {number}/{len(tasks)}: {task.id}, {args.trials} trials; it is told to {policy.prompt}")
         progress.stage(f"evaluate {number}/{len(tasks)}", args.trials)
         outcomes: list[bool] = []
 
@@ -358,16 +384,63 @@ def evaluate_tasks(args: Args, model: VLA, meta: dict, tasks: list[str], run: Pa
             outcomes.append(trial.success)
             progress.update(1, f"success {np.mean(outcomes):.0%}")
 
-        policy = ModelPolicy(model, task.language, args.seed)
+        simulator = {"backend": args.backend, "device": subject.device}
         trials = evaluate(task, policy, camera, args.trials, args.num_envs, args.replan, tick, **simulator)
-        row = summarise(task, trials)
-        make_videos(run, task, trials, args.videos, renderer)
+        row = summarise(task, trials) | {"prompt": policy.prompt}
+        make_videos(run, task, trials, args.videos, subject.renderer)
         rows.append(row)
         low, high = row["interval"]
         progress.say(f"{task.id}: success {row['success_rate']:.0%} ({low:.0%} to {high:.0%})")
         successes, total = sum(r["successes"] for r in rows), sum(r["trials"] for r in rows)
         results |= {"success_rate": successes / total, "interval": wilson_interval(successes, total)}
         write_json(run / "results.json", results)
+
+
+def finish_evaluation(args: Args, subject: Subject, tasks: list[str], run: SharedRun, results: dict) -> None:
+    """Evaluate, going on with what results.json has, and end the run."""
+    protocol = {"trials": args.trials, "replan": args.replan, "no_ops": 10, "control_hz": 20, "allow_mismatch": args.allow_mismatch}
+    results |= {"protocol": protocol | {"backend": args.backend}, "versions": versions(), "renderer": subject.renderer}
+    if (run.folder / "results.json").exists():
+        found = json.loads((run.folder / "results.json").read_text())
+        results |= {name: found[name] for name in ("tasks", "success_rate", "interval", "conventions") if name in found}
+    evaluate_tasks(args, subject, tasks, run.folder, results, run.progress)
+    rows = [{name: value for name, value in row.items() if name != "outcomes"} for row in results["tasks"]]
+    low, high = results["interval"]
+    line = f"success {results['success_rate']:.1%} ({low:.1%} to {high:.1%}) over {len(rows)} tasks"
+    run.finish(results | {"tasks": rows}, line)
+
+
+def require_simulator(args: Args, task: Task, renderer: str, device: str) -> None:
+    """Raise UserError if a renderer, a simulator or ffmpeg is missing: now, not after hours."""
+    make_renderer(task.model, tuple(CAMERAS.values()), 16, 16, renderer, device=device)
+    if args.backend == "warp":
+        make_env(task, min(args.num_envs, args.trials), backend="warp", device=device).close()
+    if args.videos and not (possible := available(renderer))[0]:
+        raise UserError(f"no videos: {possible[1]}; or pass --videos 0")
+
+
+def evaluate_policy(args: Args, run: SharedRun, device: torch.device) -> None:
+    """--policy: anyone's, by the same protocol. It is first compared with a demonstration of the first task."""
+    tasks, say = expand(args.tasks), run.progress.say
+    gl, reason = available("gl") if args.renderer is None else (False, "")
+    renderer = args.renderer or ("gl" if gl else "warp")
+    if args.renderer is None and not gl:
+        say(f"pictures by our ray tracer, as LIBERO's own renderer is not available: {reason}")
+    first = load_task(tasks[0], args.assets)
+    require_simulator(args, first, renderer, device.type)
+    answer = policies.find_policy(args.policy, args.num_envs)
+    run.open(tasks[0] if len(tasks) == 1 else f"{len(tasks)}-tasks", {"image_assets": first.image_assets, "renderer": renderer})
+    results = {"policy": args.policy, "server": getattr(answer, "metadata", None), "checkpoint": None}
+
+    def policy(task: Task) -> policies.Policy:
+        prompt = task.language if args.prompt == "bddl" else policies.instruction_of(task)
+        return policies.Policy(answer, f"--policy {args.policy}", prompt, args.replan, args.policy_size)
+
+    def check(task: Task, policy: policies.Policy, camera: Renderer) -> None:
+        if "conventions" not in results:
+            results["conventions"] = policies.compare(task, policy, camera, args.seed, say)
+
+    finish_evaluation(args, Subject(policy, check, policies.DRAWN, renderer, args.assets, device.type), tasks, run, results)
 
 
 # ---------------------------------------------------------------------------------------------- the whole job
@@ -377,6 +450,8 @@ def main() -> None:
     run = SharedRun("vla_finetune", Args)
     device = prepare(run)
     run.args = args = dataclasses.replace(run.args, backend=rollout.choose_devices(run.args).backend)
+    if args.policy:
+        return evaluate_policy(args, run, device)
     corpora = [] if args.eval_only else args.read()
     model, meta = make_model(args, corpora[0].image_size if corpora else None)
     depends = {"pretrained": digest(model)} if args.checkpoint else {}
@@ -399,11 +474,7 @@ def main() -> None:
     tasks, renderer = expand(args.tasks or meta["tasks"]), args.renderer or meta["renderer"]
     first = load_task(tasks[0], assets_like(meta["assets"], args.assets))  # what is missing is found now
     check_match(meta, first, renderer, args.allow_mismatch, lambda line: None)
-    make_renderer(first.model, tuple(CAMERAS.values()), 16, 16, renderer, device=device.type)
-    if args.backend == "warp":
-        make_env(first, min(args.num_envs, args.trials), backend="warp", device=device.type).close()
-    if args.videos and not (possible := available(renderer))[0]:
-        raise UserError(f"no videos: {possible[1]}; or pass --videos 0")
+    require_simulator(args, first, renderer, device.type)
     model.to(device)
     with distributed(device):
         name = tasks[0] if len(tasks) == 1 else f"{len(tasks)}-tasks"
@@ -411,18 +482,14 @@ def main() -> None:
         trained = None if args.eval_only else train(args, model, training, validation, steps, run, meta)
     if rank() > 0:  # one process evaluates
         return
-    protocol = {"trials": args.trials, "replan": args.replan, "no_ops": 10, "control_hz": 20, "allow_mismatch": args.allow_mismatch}
-    protocol["backend"] = args.backend
-    results = {"checkpoint": args.checkpoint, "model": model.config, "training": trained, "protocol": protocol, "versions": versions()}
-    results |= {"renderer": renderer, "trained_on": meta}
-    if (run.folder / "results.json").exists():
-        found = json.loads((run.folder / "results.json").read_text())
-        results |= {name: found[name] for name in ("tasks", "success_rate", "interval")}
-    evaluate_tasks(args, model, meta, tasks, run.folder, results, run.progress)
-    rows = [{name: value for name, value in row.items() if name != "outcomes"} for row in results["tasks"]]
-    low, high = results["interval"]
-    line = f"success {results['success_rate']:.1%} ({low:.1%} to {high:.1%}) over {len(rows)} tasks"
-    run.finish(results | {"tasks": rows}, line)
+    results = {"checkpoint": args.checkpoint, "model": model.config, "training": trained, "trained_on": meta}
+
+    def check(task: Task, policy: Policy, camera: Renderer) -> None:
+        check_match(meta, task, renderer, args.allow_mismatch, run.progress.say)
+
+    size = model.config["image_size"]
+    subject = Subject(lambda task: ModelPolicy(model, task.language, args.seed), check, size, renderer, meta["assets"], device.type)
+    finish_evaluation(args, subject, tasks, run, results)
 
 
 if __name__ == "__main__":

@@ -261,7 +261,7 @@ def test_pictures_of_another_size(flags, monkeypatch, tmp_path, demos, drawer_ta
     smaller = write_pictures(tmp_path / "smaller.hdf5", drawer_task, read_episodes(demos)[:2], 16, assets)
     with pytest.raises(UserError, match="image size mismatch: .* takes pictures of 32 x 32, the data has 16 x 16"):
         main(monkeypatch, "--checkpoint", tmp_path, *without(flags, "data", "size"), "--data", smaller)
-    with pytest.raises(UserError, match="--eval-only needs the --checkpoint"):
+    with pytest.raises(UserError, match="--eval-only needs the --checkpoint or the --policy"):
         main(monkeypatch, "--eval-only")
 
 
@@ -289,5 +289,5 @@ def test_tasks_that_are_done_are_kept(tmp_path, drawer_task, assets):
     """An evaluation that was stopped goes on with the tasks that are missing."""
     row = {"task": drawer_task.id, "successes": 1, "trials": 2}
     results = {"tasks": [row]}
-    vla_finetune.evaluate_tasks(Args(assets=assets), None, {"renderer": "warp"}, [drawer_task.id], tmp_path, results, Progress(1e9))
+    vla_finetune.evaluate_tasks(Args(assets=assets), None, [drawer_task.id], tmp_path, results, Progress(1e9))
     assert results == {"tasks": [row]}
