@@ -54,7 +54,7 @@ Answer = Callable[[Observations], np.ndarray]  # observations -> (n, chunk, 7)
 class Policy:
     """A policy that is told one instruction, as `vla_finetune.evaluate` asks it; what it answers is checked.
 
-    `beyond` is the largest action so far that LIBERO clips: more than 1 by far, and the policy means something else by its numbers.
+    `beyond` is the largest translation so far, before LIBERO clips it to 1.
     """
 
     def __init__(self, answer: Answer, name: str, prompt: str, replan: int, size: int = SHOWN, turn: tuple[int, int] = (1, -1)):
@@ -68,7 +68,7 @@ class Policy:
         observations = {"observation/image": views[:, 0], "observation/wrist_image": views[:, 1], "observation/state": proprio}
         observations |= {"prompt": [self.prompt] * len(images), "episode": init_states.copy(), "step": steps.copy()}
         actions = self._checked(self.answer(observations), len(images))
-        self.beyond = max(self.beyond, float(np.abs(actions[..., :6]).max(initial=0)))
+        self.beyond = max(self.beyond, float(np.abs(actions[..., :3]).max(initial=0)))
         return np.clip(actions, -1, 1)
 
     def _checked(self, answer: Any, count: int) -> np.ndarray:
@@ -262,7 +262,7 @@ def check_conventions(task: Task, policy: Policy, camera: Renderer, demonstratio
     replayed: the demonstration's actions reach the goal in the simulator; of how many steps the last one was.
     translation, rotation: cosine between the policy's motion over the next `replan` steps and the demonstration's, mean over the frames
         in which the demonstration moves so (None: it never does).
-    gripper: share of actions with the demonstration's sign. largest: of the translations and rotations, before clipping.
+    gripper: share of actions with the demonstration's sign. largest: of the translations, before clipping.
     turned: `translation` for pictures turned in each way of TURNS.
     A policy that is right need not agree with one demonstration; one that means its numbers otherwise disagrees in a pattern.
     """
@@ -313,9 +313,9 @@ def _remarks(found: dict, gripper: np.ndarray, turn: tuple[int, int]) -> list[st
     elif gripper.min() >= 0 and gripper.max() > 0:
         lines.append("its gripper never opens (no negative number): LIBERO takes the sign, and 0 to 1 would have to become -1 to 1")
     if found["largest"] > 1.5:
-        lines.append(f"its actions reach {found['largest']:.1f}, and LIBERO's end at 1 (0.05 m, 0.5 rad): are they normalised otherwise?")
+        lines.append(f"its translations reach {found['largest']:.1f}, and LIBERO's end at 1 (0.05 m): are they normalised otherwise?")
     elif 0 < found["largest"] < 0.1:
-        lines.append(f"its actions reach {found['largest']:.3f} only; in LIBERO 1 is 0.05 m and 0.5 rad: are they metres and radians?")
+        lines.append(f"its translations reach {found['largest']:.3f} only; in LIBERO 1 is 0.05 m: are they metres?")
     for name in ("translation", "rotation"):
         if found[name] is not None and found[name] < -0.5:
             lines.append(f"its {name} goes against the demonstration's (cosine {found[name]:.2f}): is its frame another one?")
