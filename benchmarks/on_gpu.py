@@ -67,8 +67,8 @@ def steps(args: Args) -> list[Step]:
     tasks = " ".join([task] if dry else TASKS)
     pixels = f"--pixels --device {device} --task {task}"
     if dry:
-        job = "--backend cpu --device cpu --num-patterns 2 --num-demos 12 --num-envs 4 --discover-steps 40 --learn-epochs 60 --hidden 64 "
-        job += "--num-steps 8 --total-steps 32 --num-minibatches 2 --eval-episodes 1 --corpus-episodes 1 --no-videos --corpus-images 32"
+        job = "--backend cpu --device cpu --num-patterns 4 --num-demos 24 --num-envs 8 --discover-steps 60 --learn-epochs 200 --hidden 128 "
+        job += "--num-steps 8 --total-steps 64 --num-minibatches 2 --eval-episodes 1 --corpus-episodes 1 --no-videos --corpus-images 32"
         backends, vla = "--episodes 1 --num-envs 1 --max-steps 2 --device cpu", "--steps 2 --batch-size 2 --num-workers 0 --device cpu"
     else:
         job = "--num-patterns 8 --device cuda --backend warp --num-envs 1024 --num-steps 32 --total-steps 1000000 --stop-success 0.95 "

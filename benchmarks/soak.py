@@ -37,9 +37,11 @@ class Args:
     resets: Count = 10_000
     """episodes begun"""
     batches: Count = 1_000
-    """batches of 16 pictures of 128 x 128"""
+    """batches of as many pictures as there are environments"""
     num_envs: Count = 16
     """parallel environments"""
+    image_size: Count = 128
+    """pixels of a picture's side"""
     json: Path | None = None
     """write the numbers here"""
     assets: str | None = None
@@ -115,10 +117,10 @@ def measure(args: Args, progress: Progress) -> dict[str, list[dict]]:
     found["steps"] = soak("steps", args.steps, step, progress)
     found["resets"] = soak("resets", args.resets, reset, progress)
     env.close()
-    renderer = make_renderer(task.model, ("agentview",), 128, 128)
+    renderer = make_renderer(task.model, ("agentview",), args.image_size, args.image_size)
 
     def pictures(done: int) -> int:
-        renderer.render(task.train_states[rng.integers(0, len(task.train_states), 16), 1 : 1 + task.model.nq])
+        renderer.render(task.train_states[rng.integers(0, len(task.train_states), args.num_envs), 1 : 1 + task.model.nq])
         return 1
 
     found["pictures"] = soak("pictures", args.batches, pictures, progress)

@@ -155,9 +155,10 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         _unfinished.discard(temporary)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed amid writing (SIGKILL, a crash) have left in a folder, in which no other one writes."""
-    for path in folder.rglob(".*-*"):
+def remove_leftovers(folder: Path, deep: bool = True) -> None:
+    """Remove what processes that were killed amid writing (SIGKILL, a crash) have left in a folder, in which no other one writes, and if
+    `deep` in those within it."""
+    for path in (folder.rglob if deep else folder.glob)(".*-*"):
         if re.fullmatch(r"\..+-[0-9a-f]{12}(\.\w+)?", path.name) and path.is_file():
             path.unlink()
 

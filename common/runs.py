@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -321,12 +322,15 @@ def save_checkpoint(path: Path, content: dict) -> None:
 def load_checkpoint(path: Path, script: str) -> dict:
     """Read a checkpoint of `script` without running any code in it."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)  # modules and optimizers take it to their own device
+        with warnings.catch_warnings():  # about foreign files, of which the error says enough
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)  # modules and optimizers take it to their own device
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist: the run was stopped before its first checkpoint; start it again") from error
+        raise UserError(f"{path} does not exist: no such run, or it was stopped before its first checkpoint; start it again") from error
     except Exception as error:  # torch raises many kinds on foreign and truncated files
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"{path} is not a readable checkpoint (damaged or truncated): {reason}") from error
+        if "GLOBAL " in str(error):  # a name that a pickle asks for
+            raise UserError(f"{path} is not a readable checkpoint: it holds more than numbers and text, which could run code") from error
+        raise UserError(f"{path} is not a readable checkpoint (damaged or truncated); take another copy, or start again") from error
     if not isinstance(content, dict) or content.get("script") != script:
         other = content.get("script") if isinstance(content, dict) else None
         raise UserError(f"{path} is a checkpoint of {other or 'another program'}, not of {script}")

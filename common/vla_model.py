@@ -409,5 +409,6 @@ def load_model(path: str | os.PathLike) -> tuple[VLA, dict]:
         model = VLA(**content["config"])
         model.load_state_dict(content["model"])
     except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit this version of the model ({str(error).splitlines()[0]})") from error
+        reason = str(error).splitlines()[:2][-1].strip()  # torch's first line says no more than that there is an error
+        raise UserError(f"{path} does not fit this version of the model ({reason}); train it again") from error
     return model, content["meta"]

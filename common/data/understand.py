@@ -321,7 +321,7 @@ def _fault(arrays: Mapping[str, np.ndarray]) -> str | None:
         array, wanted = arrays.get(key), LAYOUT[key][0][0]
         if array is None:
             return f"{key} is missing"
-        if array.ndim != 2 or not np.issubdtype(array.dtype, np.number) or wanted not in (None, array.shape[1]):
+        if array.ndim != 2 or array.dtype.kind not in "fiu" or wanted not in (None, array.shape[1]):
             return f"{key}: {array.dtype} of shape {array.shape}, expected numbers of (T, {wanted or '1+nq+nv'})"
         if len(array) != len(arrays["actions"]):
             return f"{key} has {len(array)} steps, actions {len(arrays['actions'])}"

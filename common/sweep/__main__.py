@@ -22,7 +22,7 @@ from typing import Annotated
 
 import tyro
 
-from common.cli import Count, Positive, PositiveOrInf, Range, UserError, check_ranges, lock, run_command
+from common.cli import Count, Positive, PositiveOrInf, Range, UserError, check_ranges, lock, remove_leftovers, run_command
 from common.runs import Progress, write_json
 from common.suites import MAX_STEPS, SUITES, expand
 from common.sweep import report
@@ -212,6 +212,8 @@ def main() -> None:
     args = tyro.cli(Args, args=sys.argv[1:split], prog="python -m common.sweep")
     check_ranges(args)
     flags = sys.argv[split + 1 :]
+    if not args.script and args.out is None:
+        raise UserError("name a script and its --tasks, or with --out the sweep to go on with")
     out = args.out or Path("runs") / f"sweep-{Path(args.script).stem}"
     settings = settle(args, flags, out)
     if args.report:
@@ -227,6 +229,7 @@ def main() -> None:
         raise UserError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with held:
+        remove_leftovers(out, deep=False)  # runs of a sweep that was killed may still be saving
         use_gpus = "cpu" not in [b for a, b in zip(flags, flags[1:], strict=False) if a == "--device"] and "--device=cpu" not in flags
         kind = (args.cores, args.memory, use_gpus)
         where = Cluster(args.address, *kind) if args.address else Machine(*kind)

@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
-from common.cli import UserError, atomic_path, lock, usable_cores
+from common.cli import UserError, atomic_path, lock, remove_leftovers, usable_cores
 
 ROOT = Path(__file__).resolve().parents[2]
 GRACE = 120.0  # seconds that a stopped run gets to end its iteration and save, before it is killed
@@ -103,6 +103,7 @@ def attempt(job: Job, stop: threading.Event | None = None) -> str:
     with held:
         if job.done:  # by another process, while this one waited
             return "done"
+        remove_leftovers(job.folder)
         earlier, log_path = job.attempts(), job.folder / "log.txt"
         spent = job.seconds
         if spent >= job.limit:
