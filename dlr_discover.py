@@ -28,7 +28,7 @@ import torch
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import cdist
 from torch import nn
-from torch.distributions import Categorical, Laplace, Normal
+from torch.distributions import Categorical, Normal
 
 from common import metrics, plots, rollout, view
 from common.cli import Count, Fraction, NotNegative, Positive, PositiveOrInf, Range, UserError, run_command
@@ -45,13 +45,11 @@ class Args(rollout.JobArgs):
 
     # Discover
     num_patterns: Count | Literal["auto"] = 8
-    """K, or auto: as many, up to 12, as unseen demonstrations confirm (prediction strength of at least 0.8)"""
-    label_level: Literal["trajectory", "state"] = "trajectory"
-    """whether a whole demonstration has one pattern, or each of its states its own"""
-    vib_beta: NotNegative = 0.3
-    """weight of KL(q(z|s) || p(z)), the variational information bottleneck"""
-    discover_steps: Count = 400
-    """gradient steps of the autoencoder"""
+    """at most so many patterns, or auto (12): K is how many of them unseen demonstrations confirm (prediction strength of at least 0.8)"""
+    vib_beta: NotNegative = 1.0
+    """weight of KL(q(z|s) || p(z)), the variational information bottleneck (1: the ELBO)"""
+    discover_steps: Count = 300
+    """gradient steps of the encoder"""
     discover_points: Annotated[int, Range(2)] = 32
     """states a demonstration is resampled to, evenly along the hand's path"""
 
@@ -135,10 +133,17 @@ def pattern_features(obs: np.ndarray, layout: dict[str, slice]) -> np.ndarray:
 
 
 def along_path(obs: np.ndarray, layout: dict[str, slice], points: int) -> np.ndarray:
-    """(points, obs_size): the states at equal distances along the hand's path, so that hesitation does not count as a pattern."""
-    moved = np.linalg.norm(np.diff(obs[:, layout["eef_pos"]], axis=0), axis=1)
+    """(points, obs_size): states at equal distances along the hand's path, half of them before and half after the first contact.
+
+    That is when the first of the goal's things has moved by 3 cm. So neither hesitating counts as a pattern, nor a detour as delay.
+    """
+    hand = obs[:, layout["eef_pos"]]
+    moved = np.linalg.norm(np.diff(hand, axis=0), axis=1)
     distance = np.concatenate([[0.0], np.cumsum(moved + 1e-4)])  # metres; the small term keeps it rising while the hand rests
-    at = np.linspace(0.0, distance[-1], points)
+    things = np.stack([obs[:, rows] + hand for name, rows in layout.items() if name.endswith("_to_eef")])  # (things, T, 3), world
+    touched = (np.linalg.norm(things - things[:, :1], axis=-1) > 0.03).any(0)
+    contact = distance[touched.argmax()] if touched.any() else distance[-1] / 2
+    at = np.interp(np.linspace(0, 2, points), [0, 1, 2], [0.0, contact, distance[-1]])
     return np.stack([np.interp(at, distance, column) for column in obs.T], axis=1).astype(np.float32)
 
 
@@ -147,151 +152,82 @@ class PatternEncoder(nn.Module):
 
     def __init__(self, obs_size: int, num_patterns: int, hidden: int = 128):
         super().__init__()
-        self.normalizer = Normalizer(obs_size)
+        self.num_patterns, self.normalizer = num_patterns, Normalizer(obs_size)
         self.net = mlp([obs_size, hidden, hidden, num_patterns], out_std=0.01)
+
+    def keep(self, patterns: np.ndarray) -> None:
+        """Forget all other patterns; these are numbered anew."""
+        last, self.num_patterns = self.net[-1], len(patterns)
+        last.weight, last.bias = (nn.Parameter(p[patterns], requires_grad=p.requires_grad) for p in (last.weight, last.bias))
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         """(..., obs_size) -> (..., K) log q(z | s)."""
         return torch.log_softmax(self.net(self.normalizer(obs)), dim=-1)
 
     @torch.no_grad()
-    def recognise(self, obs: np.ndarray) -> int:
-        """The pattern of a trajectory given by `along_path`, (points, obs_size): argmax_z sum_t log q(z | s_t)."""
-        return int(self(torch.as_tensor(obs)).sum(0).argmax())
+    def log_posterior(self, paths: np.ndarray) -> np.ndarray:
+        """(N, points, obs_size), trajectories given by `along_path` -> (N, K) log q(z | tau), the product of the states' experts."""
+        return self(torch.as_tensor(paths)).sum(1).log_softmax(-1).numpy()
+
+    def recognise(self, paths: np.ndarray) -> np.ndarray:
+        """The patterns, (N,), of trajectories given by `along_path`, (N, points, obs_size): argmax_z sum_t log q(z | s_t)."""
+        return self.log_posterior(paths).argmax(1)
 
 
-class StateDecoder(nn.Module):
-    """p_psi(s | z, u): Laplace around each pattern's typical state at progress u along the path, with shared scales.
+class StateDecoder:
+    """p_psi(s | z, u, s_0): Laplace around each pattern's typical state at progress u along the path, with shared scales.
 
-    The paper's decoder is p(s | z). With one pattern for a whole trajectory, the centre moves along the path: otherwise z
-    would encode how far the episode has come instead of how it is done. `points` = 1 gives p(s | z). Laplace's heavier
-    tails keep a demonstration that strayed from claiming a pattern for itself.
+    The paper's decoder is p(s | z). Here one z explains a whole trajectory, so the centre moves along the path, or z would encode how
+    far the episode has come; and linearly with the start s_0, or z would encode where things stand. Laplace's heavier tails keep a
+    demonstration that strayed from pulling a centre to itself.
+
+    Fitted by maximum likelihood to features (N, points, F) of patterns (N,), given slopes on the start (F, points * F).
     """
 
-    def __init__(self, centres: torch.Tensor):
-        super().__init__()
-        self.centres = nn.Parameter(centres.clone())  # (K, points or 1, F)
-        self.log_scale = nn.Parameter(torch.full((centres.shape[-1],), math.log(0.03)))  # metres
+    def __init__(self, features: np.ndarray, patterns: np.ndarray, slopes: np.ndarray):
+        self.start, self.slopes = features[:, 0].mean(0), slopes.reshape(-1, *features.shape[1:])
+        left = self.without_start(features)
+        self.centres = np.stack([np.median(left[patterns == z], axis=0) for z in range(patterns.max() + 1)])  # (K, points, F)
+        self.scale = np.abs(left - self.centres[patterns]).mean((0, 1)).clip(0.005)  # (F,) metres
 
-    def log_prob(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, points, F) -> (N, points, K) log p(s | z, u), averaged over the F dimensions."""
-        log_p = [Laplace(centre, self.log_scale.exp()).log_prob(x).mean(-1) for centre in self.centres]
-        return torch.stack(log_p, dim=-1)
+    def without_start(self, features: np.ndarray) -> np.ndarray:
+        """(N, points, F), less what the start explains."""
+        return features - np.einsum("ns,spf->npf", features[:, 0] - self.start, self.slopes)
+
+    def log_prob(self, features: np.ndarray) -> np.ndarray:
+        """(N, points, F) -> (N, points, K) log p(s | z, u, s_0), averaged over the F dimensions."""
+        left = self.without_start(features)
+        log_p = [-(np.abs(left - centre) / self.scale + np.log(2 * self.scale)).mean(-1) for centre in self.centres]
+        return np.stack(log_p, axis=-1).astype(np.float32)
 
 
-def elbo(log_q: torch.Tensor, log_p: torch.Tensor, beta: float, level: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """E_q[log p(s|z)] - beta KL(q(z|s) || p(z)) with uniform p(z); the expectation is exact, as z is discrete.
+def elbo(log_q: torch.Tensor, log_p: torch.Tensor, beta: float) -> torch.Tensor:
+    """E_q[log p(s|z)] - beta KL(q(z|s) || p(z)) with uniform p(z), a mean over states; the expectation is exact, as z is discrete.
 
-    Args:
-        log_q, log_p: (N, points, K) log q(z | s_t) and log p(s_t | z).
-        level: "state" takes the expectation under each state's q(z | s_t); "trajectory" under the product of experts
-            q(z | tau) ~ prod_t q(z | s_t), whose argmax is the trajectory label argmax_z sum_t log q(z | s_t).
-
-    Returns: the ELBO, a mean over states; log q of the labels, (N, points, K) or (N, 1, K).
+    Args: log_q, log_p: (..., K) log q(z | s) and log p(s | z).
     """
-    kl = (log_q.exp() * (log_q + math.log(log_q.shape[-1]))).sum(-1)
-    log_label = torch.log_softmax(log_q.sum(1, keepdim=True), dim=-1) if level == "trajectory" else log_q
-    reconstruction = (log_label.exp() * log_p).sum(-1)
-    return (reconstruction - beta * kl).mean(), log_label
+    return (log_q.exp() * (log_p - beta * (log_q + math.log(log_q.shape[-1])))).sum(-1).mean()
 
 
-def seed_patterns(x: np.ndarray, num_patterns: int, rng: np.random.Generator, restarts: int) -> tuple[np.ndarray, np.ndarray]:
-    """k-medians from k-means++ seeds (Arthur & Vassilvitskii 2007), the best of `restarts`: where the autoencoder starts.
+def cut_tree(x: np.ndarray, clusters: int) -> np.ndarray:
+    """(N, D) -> (N,) labels of at most so many clusters, from Ward's tree: no restarts, and as good here as the best of 20 mixtures."""
+    return fcluster(linkage(x, "ward"), clusters, "maxclust") - 1 if len(x) > 1 else np.zeros(len(x), int)
 
-    From random weights the ELBO ends in one of many local optima, where one pattern holds two ways and another none.
 
-    Args: x (N, F). Returns: labels (N,), each of the K at least once, and centres (K, F).
+def start_slopes(x: np.ndarray, start: np.ndarray, ridge: float = 5.0) -> np.ndarray:
+    """(S, D): how trajectories (N, D) lean on their starts (N, S), linearly, estimated within at most 12 small clusters.
+
+    Over all demonstrations, few as they are, start and way correlate by chance, and a part of the way would be taken for the start's.
     """
-    best, best_cost = None, np.inf
-    for _ in range(restarts):
-        centres = x[[rng.integers(len(x))]]
-        while len(centres) < num_patterns:
-            nearest = cdist(x, centres).min(axis=1) ** 2
-            if nearest.sum() == 0:
-                raise UserError(f"the demonstrations have only {len(centres)} distinct trajectories; choose a smaller --num-patterns")
-            centres = np.vstack([centres, x[rng.choice(len(x), p=nearest / nearest.sum())]])
-        labels = None
-        for _ in range(50):
-            distances = cdist(x, centres, "cityblock")
-            previous, labels = labels, distances.argmin(axis=1)
-            if previous is not None and (labels == previous).all():
-                break
-            centres = np.stack([np.median(x[labels == k], axis=0) if (labels == k).any() else centres[k] for k in range(num_patterns)])
-        cost = distances.min(axis=1).sum()
-        if len(np.unique(labels)) == num_patterns and cost < best_cost:
-            best, best_cost = (labels, centres), cost
-    if best is None:
-        raise UserError(f"the demonstrations do not fall into {num_patterns} patterns; choose a smaller --num-patterns")
-    return best
-
-
-def discover(args: Args, paths: np.ndarray, layout: dict[str, slice], num_patterns: int, tick: Callable | None = None):
-    """Fit the autoencoder to demonstrations given by `along_path`, (N, points, obs_size).
-
-    Returns: the frozen encoder, and the labels, (N, points) ints, constant over a demonstration at trajectory level.
-    """
-    torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
-    num, points, obs_size = paths.shape
-    features = np.stack([pattern_features(path, layout) for path in paths])  # (N, points, F)
-    if args.label_level == "trajectory":
-        seeds, centres = seed_patterns(features.reshape(num, -1), num_patterns, rng, restarts=100)
-        seeds, centres = np.repeat(seeds[:, None], points, axis=1), centres.reshape(num_patterns, points, -1)
-    else:
-        seeds, centres = seed_patterns(features.reshape(num * points, -1), num_patterns, rng, restarts=3)
-        seeds, centres = seeds.reshape(num, points), centres[:, None]
-    obs, x, seeds = torch.as_tensor(paths), torch.as_tensor(features), torch.as_tensor(seeds)
-    encoder = PatternEncoder(obs_size, num_patterns)
-    encoder.normalizer.fit(paths.reshape(-1, obs_size))
-    decoder = StateDecoder(torch.as_tensor(centres, dtype=torch.float32))
-    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=1e-3)
-    for step in range(args.discover_steps):
-        rows = torch.randperm(num)[:64]
-        noisy = obs[rows] + 0.1 * encoder.normalizer.std * torch.randn_like(obs[rows])  # rollouts will not match exactly
-        log_q = encoder(noisy)
-        bound, log_label = elbo(log_q, decoder.log_prob(x[rows]), args.vib_beta, args.label_level)
-        loss = -bound
-        if step < args.discover_steps // 4:  # guard against dead patterns: the encoder starts from the seeds
-            loss = loss + nn.functional.nll_loss(log_q.flatten(0, 1), seeds[rows].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if tick is not None and step % 20 == 0:
-            usage = log_label.exp().mean((0, 1))
-            tick(step, {"discover/elbo": bound.item(), "discover/pattern_entropy": Categorical(usage).entropy().item()})
-    if args.label_level == "trajectory":
-        labels = np.array([[encoder.recognise(path)] * points for path in paths])
-    else:
-        labels = encoder(obs).argmax(-1).numpy()
-    return encoder.requires_grad_(False), labels
-
-
-def label_states(args: Args, encoder: PatternEncoder, demos: list[np.ndarray], labels: np.ndarray) -> list[np.ndarray]:
-    """The pattern of each state of each demonstration (T_i, obs_size): the episode's, or at state level argmax q(z | s)."""
-    if args.label_level == "trajectory":
-        return [np.full(len(obs), row[0]) for obs, row in zip(demos, labels, strict=True)]
-    return [encoder(torch.as_tensor(obs)).argmax(-1).numpy() for obs in demos]
-
-
-def episode_pattern(labels: np.ndarray) -> int:
-    """The pattern of an episode: its label, or at state level its most frequent one."""
-    return int(np.bincount(labels).argmax())
-
-
-def without_start(x: np.ndarray, start: np.ndarray, groups: int = 12, ridge: float = 5.0) -> np.ndarray:
-    """(N, D) trajectories less what their starts (N, S) explain: linear slopes, estimated within `groups` small clusters.
-
-    Over all demonstrations, few as they are, start and way correlate by chance, and a part of the way would be taken out.
-    """
-    start = (start - start.mean(0)) / (start.std(0) + 1e-3)
+    scale, groups = start.std(0) + 1e-3, min(12, max(1, len(x) // 4))
+    start = (start - start.mean(0)) / scale
     slopes = np.zeros((start.shape[1], x.shape[1]))
     for _ in range(3):
-        tree = linkage(x - start @ slopes, "ward")
-        within = np.eye(groups)[fcluster(tree, groups, "maxclust") - 1]  # (N, groups) one-hot
+        within = np.eye(groups)[cut_tree(x - start @ slopes, groups)]  # (N, groups) one-hot
         mean = within / np.maximum(within.sum(0), 1)
         s, y = start - within @ (mean.T @ start), x - within @ (mean.T @ x)
         slopes = np.linalg.solve(s.T @ s + ridge * np.eye(s.shape[1]), s.T @ y)
-    return x - start @ slopes
+    return slopes / scale[:, None]
 
 
 def cut_patterns(x: np.ndarray, num_patterns: int, least: int = 3) -> tuple[np.ndarray, np.ndarray]:
@@ -299,17 +235,27 @@ def cut_patterns(x: np.ndarray, num_patterns: int, least: int = 3) -> tuple[np.n
 
     Returns: labels (N,) and centres (K, D). One pattern if there are no two of that size.
     """
-    tree, found = linkage(x, "ward"), np.zeros(len(x), int)
+    found = np.zeros(len(x), int)
     for clusters in range(2, len(x)):
-        labels = fcluster(tree, clusters, "maxclust") - 1
+        labels = cut_tree(x, clusters)
         sizes = np.bincount(labels)
         big = np.flatnonzero(sizes >= least)
         if found.max() + 1 < len(big) <= num_patterns:
-            centres = np.stack([x[labels == k].mean(0) for k in big])
-            found = cdist(x, centres).argmin(1)
+            found = cdist(x, [x[labels == k].mean(0) for k in big]).argmin(1)
         if sizes.max() < least or len(big) >= num_patterns:
             break
-    return found, np.stack([x[found == k].mean(0) for k in range(found.max() + 1)])
+    return found, centres_of(x, found)
+
+
+def centres_of(x: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(N, D), (N,) -> (K, D) means."""
+    return np.stack([x[labels == k].mean(0) for k in range(labels.max() + 1)])
+
+
+def halve(labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of two halves of each pattern, drawn at random."""
+    order = np.concatenate([rng.permutation(np.flatnonzero(labels == k)) for k in range(labels.max() + 1)])
+    return order[::2], order[1::2]
 
 
 def prediction_strength(confusion: np.ndarray) -> np.ndarray:
@@ -318,53 +264,103 @@ def prediction_strength(confusion: np.ndarray) -> np.ndarray:
     return ((np.square(confusion).sum(2) - n) / np.maximum(n * (n - 1), 1)).mean(0)
 
 
-def choose_num_patterns(args: Args, paths: np.ndarray, layout: dict[str, slice], say: Callable[[str], None]) -> int:
-    """How many patterns, up to 12, are confirmed by demonstrations that they weren't found in.
+def confirmed_patterns(x: np.ndarray, num_patterns: int, seed: int, say: Callable[[str], None]) -> tuple[np.ndarray, float]:
+    """At most K patterns of trajectories (N, D), each confirmed by demonstrations that it was not found in.
 
-    Prediction strength (Tibshirani and Walther 2005): fit one half, recognise the other, compare with what the other's own
-    fit finds. The weakest pattern is merged with the one that it is taken for until it reaches 0.8. One way cut in two along its longest
-    direction is predicted well, too: patterns whose mean paths are less than 1.5 cm apart are merged first. The ELBO can't
-    choose: it keeps rising with K.
+    Prediction strength (Tibshirani and Walther 2005): fit one half, recognise the other, compare with what the other's own fit
+    finds. The weakest pattern is merged with the one that it is taken for until it has 0.8. One way cut in two along its longest
+    direction is predicted well, too: patterns whose mean paths are less than 1.5 cm apart are merged first. The ELBO can't choose K:
+    it keeps rising.
+
+    Returns: labels (N,), numbered without gaps, and the strength of the weakest pattern.
     """
-    features = np.stack([pattern_features(path, layout) for path in paths])  # (N, points, F)
-    x = without_start(features.reshape(len(paths), -1), features[:, 0], min(12, len(paths) // 4))
-    labels, centres = cut_patterns(x, 12)
-    rng, confusions = np.random.default_rng(args.seed), []
-    for _ in range(10):
-        side, order = np.zeros(len(x), bool), np.concatenate([rng.permutation(np.flatnonzero(labels == k)) for k in range(len(centres))])
-        side[order[::2]] = True  # half of each pattern
-        (own_a, a), (own_b, b) = cut_patterns(x[side], len(centres)), cut_patterns(x[~side], len(centres))
+    labels, _ = cut_patterns(x, num_patterns)
+    k, rng, found, members = labels.max() + 1, np.random.default_rng(seed), [], 0
+    for _ in range(10 if k > 1 else 0):
+        halves = halve(labels, rng)
+        (own_a, centres_a), (own_b, centres_b) = (cut_patterns(x[half], k) for half in halves)
+        # a half's patterns have the name of the pattern that most of their demonstrations have
         name_a, name_b = (
-            np.array([np.bincount(labels[half][own == k]).argmax() for k in range(own.max() + 1)])
-            for half, own in ((side, own_a), (~side, own_b))
+            np.array([np.bincount(labels[half][own == z]).argmax() for z in range(own.max() + 1)])
+            for half, own in zip(halves, (own_a, own_b), strict=True)
         )
-        for half, found, name, seen in ((~side, name_b[own_b], name_a, a), (side, name_a[own_a], name_b, b)):
-            confusions.append(metrics.confusion_matrix(found, name[cdist(x[half], seen).argmin(1)], len(centres)))
-    confusion, members = np.stack(confusions), np.bincount(labels)
-    while len(members) > 1:
-        apart = cdist(centres, centres) / math.sqrt(x.shape[1] / 3) + np.diag(np.full(len(members), np.inf))
-        strength = prediction_strength(confusion)
+        for half, own, other, centres in ((halves[0], name_a[own_a], name_b, centres_b), (halves[1], name_b[own_b], name_a, centres_a)):
+            recognised = other[cdist(x[half], centres).argmin(1)]
+            found.append(metrics.confusion_matrix(own, recognised, k))
+            members = members + metrics.confusion_matrix(labels[half], recognised, k)
+    found = np.array(found)
+    while k > 1:
+        centres = centres_of(x, labels)
+        apart = cdist(centres, centres) / math.sqrt(x.shape[1] / 3) + np.diag(np.full(k, np.inf))  # m, root mean square over 3-vectors
+        strength = prediction_strength(found)
         if apart.min() < 0.015:
-            k, other = np.unravel_index(apart.argmin(), apart.shape)
+            z, other = np.unravel_index(apart.argmin(), apart.shape)
             reason = f"are {100 * apart.min():.1f} cm apart"
         elif strength.min() < 0.8:
-            k = int(strength.argmin())
-            mistaken = (confusion + confusion.transpose(0, 2, 1)).sum(0)[k]
-            mistaken[k] = -1
-            other, reason = int(mistaken.argmax()), f"are mistaken for each other (prediction strength {strength[k]:.2f})"
+            z = int(strength.argmin())
+            mistaken = np.where(np.arange(k) == z, -np.inf, members[z] + members[:, z] - apart[z])  # of equals, the nearer
+            other, reason = int(mistaken.argmax()), f"are mistaken for each other (prediction strength {strength[z]:.2f})"
         else:
-            say(f"Discover: {len(members)} patterns, prediction strength of the weakest {strength.min():.2f}")
-            return len(members)
-        say(f"Discover: patterns of {members[k]} and {members[other]} demonstrations {reason}: merged")
-        k, other = sorted((int(k), int(other)))
-        centres[k] = np.average(centres[[k, other]], axis=0, weights=members[[k, other]])
-        members[k] += members[other]
-        confusion[:, k] += confusion[:, other]
-        confusion[:, :, k] += confusion[:, :, other]
-        centres, members = np.delete(centres, other, 0), np.delete(members, other)
-        confusion = np.delete(np.delete(confusion, other, 1), other, 2)
-    say("Discover: one pattern")
-    return 1
+            return labels, float(strength.min())
+        say(f"Discover: patterns of {(labels == z).sum()} and {(labels == other).sum()} demonstrations {reason}: merged")
+        merge = np.eye(k, dtype=int)[:, np.arange(k) != max(z, other)]
+        merge[max(z, other), min(z, other)] = 1
+        labels, found, members, k = merge[labels].argmax(1), merge.T @ found @ merge, merge.T @ members @ merge, k - 1
+    return labels, 1.0
+
+
+def fit_encoder(args: Args, paths: np.ndarray, log_p: np.ndarray, tick: Callable | None = None) -> PatternEncoder:
+    """Maximise the ELBO of demonstrations (N, points, obs_size), given log_p (N, points, K): at beta = 1, q is the decoder's posterior.
+
+    With a decoder that is free to follow, q gives close patterns to their neighbour: the ELBO has such local optima.
+    """
+    encoder = PatternEncoder(paths.shape[-1], log_p.shape[-1])
+    encoder.normalizer.fit(paths.reshape(-1, paths.shape[-1]))
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-3)
+    obs, log_p = torch.as_tensor(paths), torch.as_tensor(log_p)
+    for step in range(args.discover_steps):
+        rows = torch.randperm(len(obs))[:64]
+        log_q = encoder(obs[rows] + 0.1 * encoder.normalizer.std * torch.randn_like(obs[rows]))  # rollouts will not match exactly
+        bound = elbo(log_q, log_p[rows], args.vib_beta)
+        optimizer.zero_grad()
+        (-bound).backward()
+        optimizer.step()
+        if tick is not None and step % 20 == 0:
+            usage = log_q.sum(1).softmax(-1).mean(0)
+            tick(step, {"discover/elbo": bound.item(), "discover/pattern_entropy": Categorical(usage).entropy().item()})
+    return encoder.requires_grad_(False)
+
+
+def discover(args: Args, paths: np.ndarray, layout: dict[str, slice], say: Callable[[str], None], tick: Callable | None = None):
+    """Find the patterns of demonstrations given by `along_path`, (N, points, obs_size), at most `--num-patterns`; fit the autoencoder.
+
+    Returns: the frozen encoder; the labels, (N,) ints 0 to K - 1; and how sure they are, for summary.json: `prediction_strength` of the
+    weakest pattern; `bits`, H(Z) + E log2 q(z | tau) <= I(Z; tau), and `recognised`, the share whose label is argmax q(z | tau), both
+    of demonstrations that q was not trained on (two halves, either way).
+    """
+    torch.manual_seed(args.seed)
+    features = np.stack([pattern_features(path, layout) for path in paths])  # (N, points, F)
+    x, start = features.reshape(len(paths), -1), features[:, 0]
+    slopes = start_slopes(x, start)
+    most = 12 if args.num_patterns == "auto" else args.num_patterns
+    labels, strength = confirmed_patterns(x - (start - start.mean(0)) @ slopes, most, args.seed, say)
+
+    def fit(rows: np.ndarray, tick: Callable | None = None) -> PatternEncoder:
+        return fit_encoder(args, paths[rows], StateDecoder(features[rows], labels[rows], slopes).log_prob(features[rows]), tick)
+
+    halves, log_q = halve(labels, np.random.default_rng(args.seed)), np.zeros((len(paths), labels.max() + 1))
+    for half, other in (halves, halves[::-1]):
+        if len(half):
+            log_q[other] = fit(half).log_posterior(paths[other])
+    share = np.bincount(labels) / len(paths)
+    bits = (log_q[np.arange(len(paths)), labels].mean() - share @ np.log(share)) / math.log(2)
+    account = {"prediction_strength": strength, "bits": float(bits), "recognised": float((log_q.argmax(1) == labels).mean())}
+    encoder = fit(np.arange(len(paths)), tick)
+    alive, named = np.unique(encoder.recognise(paths), return_inverse=True)
+    for z in set(range(encoder.num_patterns)) - set(alive):
+        say(f"Discover: a pattern of {(labels == z).sum()} demonstrations is dropped, as the encoder takes them for others")
+    encoder.keep(alive)
+    return encoder, named, account
 
 
 # ---------------------------------------------------------------------------------------------- the policy
@@ -423,7 +419,7 @@ def learn(args: Args, agent: Agent, demos: list[np.ndarray | dict], actions: lis
     """
     torch.manual_seed(args.seed + 1)
     agent.obs_encoder.fit(join(demos))
-    patterns = np.array([episode_pattern(rows) for rows in labels])
+    patterns = np.array([z[0] for z in labels])
     held_out = np.zeros(len(demos), bool)
     for k in np.unique(patterns):
         members = np.flatnonzero(patterns == k)
@@ -721,9 +717,6 @@ class Reinforce(rollout.Trainer):
 def main() -> None:
     job = rollout.Job("dlr_discover", Args)
     args, run, task = job.args, job.run, job.task
-    needed = 4 if args.num_patterns == "auto" else args.num_patterns
-    if len(job.demos) < needed:
-        raise UserError(f"--num-patterns {args.num_patterns} needs at least {needed} demonstrations, but there are {len(job.demos)}")
     job.begin()
     demo_states = [observe_states(task, e.states) for e in job.demos]  # Discover's, whatever the policy sees
     layout = job.train_env.obs_layout
@@ -731,20 +724,22 @@ def main() -> None:
 
     # 1. Discover
     if run.stage == "start":
-        k = args.num_patterns if args.num_patterns != "auto" else choose_num_patterns(args, paths, layout, run.progress.say)
-        encoder, labels = discover(args, paths, layout, k, run.ticker("Discover", args.discover_steps, "ELBO {discover_elbo:.3f}", each=20))
-        run.save("discover", num_patterns=k, encoder=encoder.state_dict(), labels=labels)
-    k = run.checkpoint["num_patterns"]
-    labels = np.asarray(run.checkpoint["labels"])
+        tick = run.ticker("Discover", args.discover_steps, "ELBO {discover_elbo:.3f}", each=20)
+        encoder, patterns, sure = discover(args, paths, layout, run.progress.say, tick)
+        run.log({f"discover/{name}": value for name, value in sure.items()}, args.discover_steps)
+        run.save("discover", num_patterns=encoder.num_patterns, encoder=encoder.state_dict(), patterns=patterns, discover=sure)
+    k, patterns, sure = run.checkpoint["num_patterns"], np.asarray(run.checkpoint["patterns"]), run.checkpoint["discover"]
     encoder = PatternEncoder(paths.shape[-1], k).requires_grad_(False)
     encoder.load_state_dict(run.checkpoint["encoder"])
-    patterns = np.array([episode_pattern(rows) for rows in labels])
-    alive = [int(z) for z in np.unique(patterns)]
+    alive = list(range(k))
     strategies = [e.attrs.get("strategy", "") for e in job.demos]
     recovery = metrics.adjusted_rand_index(patterns, strategies) if all(strategies) else None
-    counts = ", ".join(str(int((patterns == z).sum())) for z in alive)
     truth = "" if recovery is None else f"; adjusted Rand index against the true strategies {recovery:.2f}"
-    run.progress.say(f"Discover: {len(alive)} of {k} patterns alive ({counts} demonstrations){truth}")
+    run.progress.say(
+        f"Discover: K = {k}, --num-patterns {args.num_patterns} at most ({', '.join(map(str, np.bincount(patterns)))} demonstrations); "
+        f"prediction strength {sure['prediction_strength']:.2f} or more, {sure['bits']:.2f} of {math.log2(k):.2f} bits, "
+        f"{sure['recognised']:.0%} of unseen demonstrations recognised{truth}"
+    )
 
     # 2. Learn
     torch.manual_seed(args.seed + 1)
@@ -752,7 +747,7 @@ def main() -> None:
     if run.stage == "discover":
         demo_obs, actions = job.observed_demos(), [e.actions for e in job.demos]
         tick = run.ticker("Learn", args.learn_epochs, "held-out loss {learn_held_out_loss:.2f}")
-        learn(args, agent, demo_obs, actions, label_states(args, encoder, demo_states, labels), tick)
+        learn(args, agent, demo_obs, actions, [np.full(len(obs), z) for obs, z in zip(demo_states, patterns, strict=True)], tick)
         rows = job.evaluate(agent.act, alive, "Learn", most=150)  # on the way: failures take long
         run.save("learn", agent=agent.state_dict(), learn_success=[row["success_rate"] for row in rows])
     agent.load_state_dict(run.checkpoint["agent"])
@@ -765,8 +760,8 @@ def main() -> None:
 
     # Roll out, keep successes
     corpus, summary = job.roll_out(agent.act, alive)
-    recognised = [encoder.recognise(along_path(rollout.trajectory_observations(task, e), layout, args.discover_points)) for e in corpus]
-    confusion = metrics.confusion_matrix([e.attrs["pattern"] for e in corpus], recognised, k)
+    rolled_out = np.stack([along_path(rollout.trajectory_observations(task, e), layout, args.discover_points) for e in corpus])
+    confusion = metrics.confusion_matrix([e.attrs["pattern"] for e in corpus], encoder.recognise(rolled_out), k)
     plots.plot_leakage(run.folder / "figures" / "leakage.png", confusion, task.language)
     learn_success = run.checkpoint["learn_success"]
     history = np.array([[0.0] + [np.nan] * k, *run.checkpoint["history"]])
@@ -775,7 +770,15 @@ def main() -> None:
     stages = {"learn": np.mean(learn_success), "reinforce": summary["success_rate"], "learn_per_pattern": learn_success}
     leakage = {"p_leak": metrics.p_leak(confusion), "confusion": confusion}
     run.finish(
-        summary | {"leakage": leakage, "recovery": recovery, "stages": stages, "num_patterns": k, "alive": len(alive)},
+        summary
+        | {
+            "leakage": leakage,
+            "recovery": recovery,
+            "stages": stages,
+            "num_patterns": k,
+            "alive": len(alive),
+            "discover": sure | {"bits_at_most": math.log2(k)},
+        },
         f"{len(corpus)} trajectories of {len(alive)} patterns, success {summary['success_rate']:.0%}, leakage {leakage['p_leak']:.0%}, "
         f"mean pairwise distance {summary['diversity']['mean_pairwise_distance']:.2f}",
     )

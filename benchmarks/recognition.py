@@ -1,116 +1,138 @@
-"""How well Discover's encoder recognises trajectories that it was not trained on, by `--vib-beta` (docs/dlr_discover.md).
+"""Does Discover find the ways that are in demonstrations? Discover alone, seconds a task, no policy is trained.
 
-    python -m benchmarks.recognition --tasks libero_90/9 --seeds 1 2 3      # demonstrations of other starts
-    python -m benchmarks.recognition --runs RUN RUN                         # and the corpora of finished runs: p_leak
+    python -m benchmarks.recognition --suite libero_goal libero_object libero_spatial libero_10 --json docs/results/recognition.json
+    python -m benchmarks.recognition --tasks libero_90/9 libero_90/33 --seeds 1 2 3
 
-p_leak blames the policy for every trajectory that the encoder names wrongly. Scripted demonstrations have a known strategy, so on
-demonstrations that were held out the encoder's own errors can be told apart from the policy's. Trained again with a run's seed and
-demonstrations, Discover gives the run's labels, unless beta changes them ("same labels"), and no policy has to be trained anew.
+Scripted demonstrations have a known way, which Discover isn't told. A task's demonstrations are collected once (with sleeping physics)
+and shared by the seeds: each draws equally many of each way to fit, and names the others. Beside it a linear classifier that is told
+the truth says how well the ways can be told apart at all. With --json, what the file holds isn't measured again.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 import tyro
+from tqdm import tqdm
 
 import dlr_discover
-from common import metrics, rollout
+from benchmarks.demonstrator import read_rows, suite_tasks
+from common import metrics
 from common.cli import UserError, run_command
-from common.data import read_episodes
+from common.demos import load_or_collect
 from common.libero import load_task, make_env
-from common.libero.assets import assets_like
 from common.libero.observation import observe_states
-from common.runs import Progress, load_checkpoint, read_finished, stored_args
+from common.runs import versions, write_json
 
-HELD_OUT_SEED = 1_000  # of starts and noise that no run of a small seed has
+DEMO_SEED = 7  # of the demonstrations, whatever the seed of the split and of Discover
 
 
 @dataclasses.dataclass
 class Args:
-    """Train Discover with several --vib-beta and count what it recognises."""
+    """Fit Discover on a part of a task's demonstrations and let it name the others."""
 
     tasks: list[str] = dataclasses.field(default_factory=list)
     """LIBERO tasks: suite/index, suite/name, or any part of a name that is unique"""
-    runs: list[Path] = dataclasses.field(default_factory=list)
-    """folders of finished runs of dlr_discover.py with scripted demonstrations"""
+    suite: list[str] = dataclasses.field(default_factory=list)
+    """all tasks of suites instead"""
     seeds: list[int] = dataclasses.field(default_factory=lambda: [1, 2, 3])
-    """of --tasks"""
-    vib_beta: list[float] = dataclasses.field(default_factory=lambda: [0.02, 0.1, 0.3, 1.0])
-    """weights of the information bottleneck"""
-    num_patterns: int = 8
-    """K of --tasks"""
-    label_level: Literal["trajectory", "state"] = "trajectory"
-    """of --tasks"""
-    held_out: int = 160
-    """demonstrations that Discover is not trained on"""
+    """of the split and of Discover"""
+    num_patterns: int | str = 8
+    """patterns at most, or auto"""
+    num_demos: int = 48
+    """demonstrations that Discover is fit on"""
+    held_out: int = 48
+    """and that it is not"""
     assets: str | None = None
-    """a folder, libero or standin (default: those of each run; for --tasks $LIBERO_ASSETS, else LIBERO's own, else stand-ins)"""
+    """a folder, libero (its own or none) or standin (default: $LIBERO_ASSETS, else LIBERO's own, else stand-ins)"""
+    json: Path | None = None
+    """also write the numbers to this file, and go on from what it holds"""
 
 
-def read_run(run: Path, assets: str | None) -> dlr_discover.Args:
-    """The arguments of a finished run, with the assets that it ran on; `assets` may say where they are."""
-    config, summary = read_finished(run)
-    if (config.get("script"), config.get("demos")) != ("dlr_discover", "scripted"):
-        raise UserError(f"{run} is not the folder of a finished run of dlr_discover.py with scripted demonstrations")
-    stored = config["args"] | {"num_patterns": summary["num_patterns"]}  # it may have been auto
-    stored["assets"] = assets_like(config["assets"], assets)
-    load_task(stored["task"], assets, config["assets"], run)
-    return stored_args(dlr_discover.Args, stored)
+def classify(x: np.ndarray, truth: np.ndarray, others: np.ndarray, ridge: float = 1e-3) -> np.ndarray:
+    """A linear classifier (ridge regression on one-hot classes) of x (N, D), told the truth (N,): the classes of others (M, D)."""
+    names, codes = np.unique(truth, return_inverse=True)
+    mean = x.mean(0)
+    x, others, targets = x - mean, others - mean, np.eye(len(names))[codes] - 1 / len(names)
+    kernel = x @ x.T
+    return names[(others @ x.T @ np.linalg.solve(kernel + ridge * np.trace(kernel) / len(x) * np.eye(len(x)), targets)).argmax(1)]
 
 
-def measure(args: dlr_discover.Args, betas: list[float], held_out: int, run: Path | None, progress: Progress) -> list[str]:
-    """A line of the table for each beta."""
-    task = load_task(args.task, args.assets)
-    layout = make_env(task).obs_layout
+def measure(args: dlr_discover.Args, paths: np.ndarray, layout: dict[str, slice], ways: np.ndarray, num_demos: int) -> dict:
+    """Fit Discover on `num_demos` of the demonstrations (N, points, obs_size), as many of each of their ways (N,), and name the rest."""
+    rng = np.random.default_rng(args.seed)
+    turn = np.empty(len(ways), int)  # of a demonstration among those of its way
+    for way in np.unique(ways):
+        turn[ways == way] = rng.permutation((ways == way).sum())
+    order = np.argsort(turn, kind="stable")
+    fit, rest = order[:num_demos], order[num_demos:]
+    began = time.process_time()
+    encoder, labels, sure = dlr_discover.discover(args, paths[fit], layout, lambda line: None)
+    x = np.stack([dlr_discover.pattern_features(path, layout).ravel() for path in paths])
+    return {
+        "seed": args.seed,
+        "k": encoder.num_patterns,
+        "demonstrations": np.bincount(labels).tolist(),
+        **sure,
+        "index": metrics.adjusted_rand_index(labels, ways[fit]),
+        "held_out_index": metrics.adjusted_rand_index(encoder.recognise(paths[rest]), ways[rest]),
+        "classifier_index": metrics.adjusted_rand_index(classify(x[fit], ways[fit], x[rest]), ways[rest]),
+        "cpu_seconds": time.process_time() - began,
+    }
 
-    def path(obs: np.ndarray) -> np.ndarray:
-        return dlr_discover.along_path(obs, layout, args.discover_points)
 
-    demos, _ = rollout.load_demos("scripted", task, args.num_demos, args.demo_noise, args.seed, progress)
-    others, _ = rollout.load_demos("scripted", task, held_out, args.demo_noise, HELD_OUT_SEED, progress)
-    corpus, before = [], []
-    if run:
-        corpus = read_episodes(run / "corpus.hdf5", task)
-        before = [dlr_discover.episode_pattern(row.numpy()) for row in load_checkpoint(run / "checkpoint.pt", "dlr_discover")["labels"]]
-    known, unknown = ([e.attrs["strategy"] for e in episodes] for episodes in (demos, others))
-    demo_paths = np.stack([path(observe_states(task, e.states)) for e in demos])
-    other_paths, corpus_paths = ([path(rollout.trajectory_observations(task, e)) for e in episodes] for episodes in (others, corpus))
-    progress.stage(f"{task.suite}/{task.index} seed {args.seed}", len(betas))
-    lines = []
-    for beta in betas:
-        encoder, labels = dlr_discover.discover(dataclasses.replace(args, vib_beta=beta), demo_paths, layout, args.num_patterns)
-        patterns = [dlr_discover.episode_pattern(row) for row in labels]
-        ours = metrics.adjusted_rand_index(patterns, known)
-        theirs = metrics.adjusted_rand_index([encoder.recognise(x) for x in other_paths], unknown)
-        cells = [f"{task.suite}/{task.index}", args.seed, beta, len(set(patterns)), f"{ours:.2f}", f"{theirs:.2f}"]
-        if run:
-            recognised = [encoder.recognise(x) for x in corpus_paths]
-            leak = metrics.leakage([e.attrs["pattern"] for e in corpus], recognised, args.num_patterns)
-            cells += [f"{np.mean(np.equal(patterns, before)):.0%}", f"{leak:.1%}"]
+def report(rows: list[dict]) -> str:
+    """A line a task, means over seeds, and what the bar asks of them."""
+
+    def mean(row: dict, name: str) -> float:
+        return float(np.mean([seed[name] for seed in row["seeds"]]))
+
+    lines = ["| task | ways | K | weakest strength | index: fitted | held out | classifier | bits | of | recognised |", "|---" * 10 + "|"]
+    for row in rows:
+        ks, strength = ", ".join(str(seed["k"]) for seed in row["seeds"]), min(seed["prediction_strength"] for seed in row["seeds"])
+        numbers = [mean(row, name) for name in ("index", "held_out_index", "classifier_index", "bits")]
+        limit = np.mean([np.log2(seed["k"]) for seed in row["seeds"]])
+        cells = [row["task"], row["ways"], ks, *(f"{x:.2f}" for x in (strength, *numbers, limit)), f"{mean(row, 'recognised'):.0%}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-        progress.update(1)
-    return lines
+    pairs = [(mean(row, "held_out_index"), mean(row, "classifier_index")) for row in rows]
+    clear, rest = [ours for ours, told in pairs if told >= 0.95], [ours / told for ours, told in pairs if 0 < told < 0.95]
+    weakest = min((seed["prediction_strength"] for row in rows for seed in row["seeds"]), default=np.nan)
+    lines += [
+        "",
+        f"Where the classifier has 0.95, Discover has 0.9 in {sum(x >= 0.9 for x in clear)} of {len(clear)} tasks; elsewhere at least 0.85 "
+        f"of its index in {sum(x >= 0.85 for x in rest)} of {len(rest)}. The weakest pattern kept has strength {weakest:.2f}.",
+    ]
+    return "\n".join(lines)
 
 
 def main() -> None:
     args = tyro.cli(Args)
-    if bool(args.tasks) == bool(args.runs):
-        raise UserError("name either --tasks or --runs")
+    if bool(args.tasks) == bool(args.suite):
+        raise UserError("name either --tasks or --suite")
     torch.set_num_threads(1)
-    common = {"num_patterns": args.num_patterns, "label_level": args.label_level, "assets": args.assets}
-    jobs = [(dlr_discover.Args(task=task, seed=seed, **common), None) for task in args.tasks for seed in args.seeds]
-    jobs += [(read_run(run, args.assets), run) for run in args.runs]
-    progress = Progress()
-    lines = [line for job, run in jobs for line in measure(job, args.vib_beta, args.held_out, run, progress)]
-    progress.close()
-    head = ["task", "seed", "beta", "alive", "adjusted Rand index: trained on", "held out"]
-    head += ["same labels", "p_leak"] if args.runs else []
-    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|\n" + "\n".join(lines))
+    made = {"num_demos": args.num_demos, "held_out": args.held_out, "num_patterns": args.num_patterns}
+    rows = read_rows(args.json) if args.json and args.json.exists() else []
+    names = args.tasks or [name for suite in args.suite for name in suite_tasks(suite)]
+    for name in tqdm(names, desc="Discover", disable=None):
+        task = load_task(name, args.assets)
+        done = {"task": f"{task.suite}/{task.index}", "assets": task.assets, **made}
+        old = next((row for row in rows if row.items() >= done.items()), None)
+        if old and {row["seed"] for row in old["seeds"]} >= set(args.seeds):
+            continue
+        demos = load_or_collect(task, args.num_demos + args.held_out, seed=DEMO_SEED, physics="sleep")
+        layout, ways = make_env(task).obs_layout, np.array([e.attrs["strategy"] for e in demos])
+        settings = [dlr_discover.Args(task=name, seed=seed, num_patterns=args.num_patterns) for seed in args.seeds]
+        paths = [dlr_discover.along_path(observe_states(task, e.states), layout, settings[0].discover_points) for e in demos]
+        seeds = [measure(each, np.stack(paths), layout, ways, args.num_demos) for each in settings]
+        rows = [row for row in rows if row is not old]
+        rows.append(done | {"ways": len(set(ways)), "seeds": seeds, "versions": versions()})
+        if args.json:
+            write_json(args.json, rows)
+    print(report([row for row in rows if row.items() >= made.items()]))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -13,14 +13,12 @@ import numpy as np
 import pytest
 from test_gaussian_ppo import refused
 
-import dlr_discover
 from benchmarks import demonstrator, fidelity, frames, recognition, throughput
-from common import rollout
-from common.cli import UserError
+from common.cli import UserError, run_command
 from common.data import read_episodes
-from common.demos import SKILLS, Strategy, write_demonstrations
+from common.demos import SKILLS, Strategy
 from common.libero import make_env
-from common.runs import Progress, save_checkpoint, write_json
+from common.runs import Progress
 
 needs_warp = pytest.mark.skipif(tuple(int(x) for x in mujoco.__version__.split(".")[:2]) < (3, 8), reason="MuJoCo Warp needs mujoco 3.8")
 
@@ -174,47 +172,47 @@ def test_throughput_of_warp(drawer_task, pixels, monkeypatch):
     assert ("pictures_per_second" in row) == ("pictures/s alone" in head) == pixels
 
 
-def test_recognition_counts_what_a_policy_did_instead(demos, drawer_task, assets, tmp_path, monkeypatch):
-    """Demonstrations take the place of others, and of a corpus in which one was commanded as the other pattern."""
-    episodes, sources = read_episodes(demos, drawer_task), []
+def test_recognition_beside_the_truth(demos, drawer_task, assets, tmp_path, monkeypatch, capsys):
+    """Of the drawer's two ways, far apart: 16 demonstrations to fit, 4 to name, as many of each way in both."""
+    episodes, asked = read_episodes(demos, drawer_task), []
+    monkeypatch.setattr(recognition, "load_or_collect", lambda *args, **how: asked.append((args[1:], how)) or episodes)
+    flags = ["--tasks", "libero_goal/0", "--assets", assets, "--num-demos", "16", "--held-out", "4", "--seeds", "1"]
+    monkeypatch.setattr(sys, "argv", ["recognition", *flags, "--json", str(tmp_path / "rows.json")])
+    for _ in range(2):  # the second time from the file
+        run_command(recognition.main)
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| libero_goal/0"))
+        assert re.fullmatch(r"\| libero_goal/0 \| 2 \| 2 \| 1.00 \| 1.00 \| 1.00 \| 1.00 \| (1.00|0.9.) \| 1.00 \| 100% \|", line), line
+        assert asked == [((20,), {"seed": recognition.DEMO_SEED, "physics": "sleep"})]
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert row["assets"] == drawer_task.assets and [seed["demonstrations"] for seed in row["seeds"]] == [[8, 8]]
 
-    def load_demos(*args):
-        sources.append(args)
-        return episodes, "scripted"
 
-    monkeypatch.setattr(rollout, "load_demos", load_demos)
-    args = dlr_discover.Args(task="libero_goal/0", assets=assets, num_patterns=2, discover_steps=100)
-    (line,) = recognition.measure(args, [0.3], 33, None, Progress(interval=1e9))
-    assert line == "| libero_goal/0 | 1 | 0.3 | 2 | 1.00 | 1.00 |"
-    assert [(s[2], s[4]) for s in sources] == [(48, 1), (33, recognition.HELD_OUT_SEED)]
+def test_recognition_reports_the_bar():
+    def row(task, ours, told, strength):
+        seed = {
+            "k": 2,
+            "prediction_strength": strength,
+            "index": 1,
+            "held_out_index": ours,
+            "classifier_index": told,
+            "bits": 1,
+            "recognised": 1,
+        }
+        return {"task": task, "ways": 2, "seeds": [seed, seed | {"k": 3}]}
 
-    results, first = [], episodes[0].attrs["strategy_index"]
-    for one in (0, 1):  # Discover calls the first one's way pattern 0, or 1
-        labels = [one if e.attrs["strategy_index"] == first else 1 - one for e in episodes]
-        save_checkpoint(tmp_path / "checkpoint.pt", {"script": "dlr_discover", "labels": np.tile(np.array(labels)[:, None], 32)})
-        for episode, label in zip(episodes, labels, strict=True):
-            episode.attrs["pattern"] = label
-        episodes[0].attrs["pattern"] = 1 - one  # the first of twenty was told to do otherwise
-        write_demonstrations(tmp_path / "corpus.hdf5", drawer_task, episodes)
-        (line,) = recognition.measure(args, [0.3], 33, tmp_path, Progress(interval=1e9))
-        results.append(line.split(" | ")[-2:])
-    assert sorted(results) == [["0%", f"{(1 + 10 / 11) / 2:.1%} |"], ["100%", f"{1 / 11 / 2:.1%} |"]]
+    lines = recognition.report([row("a", 0.95, 1.0, 1.0), row("b", 0.8, 0.96, 0.9), row("c", 0.45, 0.5, 0.8), row("d", 0.1, 0.9, 1.0)])
+    assert "| a | 2 | 2, 3 | 1.00 | 1.00 | 0.95 | 1.00 | 1.00 | 1.29 | 100% |" in lines
+    assert (
+        "Discover has 0.9 in 1 of 2 tasks; elsewhere at least 0.85 of its index in 1 of 2. The weakest pattern kept has strength 0.80."
+        in lines
+    )
 
-    run_args = dataclasses.asdict(dataclasses.replace(args, assets=None, num_patterns="auto")) | {"gone": 1}
-    config = {"script": "dlr_discover", "args": run_args, "demos": "scripted", "assets": drawer_task.assets}
-    write_json(tmp_path / "config.json", config)
-    write_json(tmp_path / "summary.json", {"num_patterns": 3})
-    found = recognition.read_run(tmp_path, assets)
-    assert found == dataclasses.replace(args, num_patterns=3, assets=assets)
-    assert recognition.read_run(tmp_path, None).assets == drawer_task.assets.partition(":")[0]
-    for changes, message in (
-        ({"script": "gaussian_ppo"}, "not the folder of a finished run of dlr_discover.py with scripted demonstrations"),
-        ({"demos": "demos.hdf5"}, "not the folder of a finished run of dlr_discover.py with scripted demonstrations"),
-        ({"assets": "standin:an_earlier_one"}, "was made on assets standin:an_earlier_one, and those here are "),
-    ):
-        write_json(tmp_path / "config.json", config | changes)
-        with pytest.raises(UserError, match=message):
-            recognition.read_run(tmp_path, assets)
+
+def test_the_classifier_that_is_told_the_truth_is_linear():
+    rng = np.random.default_rng(0)
+    x, normals = rng.normal(size=(400, 5)), rng.normal(size=(5, 3))
+    truth = np.array(["a", "b", "c"])[(x @ normals).argmax(1)]
+    assert (recognition.classify(x[:300], truth[:300], x[300:]) == truth[300:]).mean() > 0.85
 
 
 def test_refused(capsys, tmp_path):
@@ -227,7 +225,7 @@ def test_refused(capsys, tmp_path):
     assert "can't be read as a file of --json" in refused(
         demonstrator, capsys, tmp_path, "--tasks", "libero_goal/0", "--beside", "nothing.json"
     )
-    assert "name either --tasks or --runs" in refused(recognition, capsys, tmp_path)
+    assert "name either --tasks or --suite" in refused(recognition, capsys, tmp_path)
     assert "name at least one HDF5 file" in refused(frames, capsys, tmp_path, "--out", str(tmp_path / "x.png"))
     with pytest.raises(UserError, match="is not the folder of a finished run"):
         fidelity.load_policy(tmp_path, None)

@@ -31,6 +31,7 @@ def collect(
     init_states: Sequence[int] | None = None,
     replayable: bool = False,
     progress: bool = True,
+    physics: str = "exact",
 ) -> list[Episode]:
     """Let the demonstrator do a task until there are `num_episodes` successful episodes, equally many of each strategy.
 
@@ -43,6 +44,7 @@ def collect(
         keep_failures: take the first attempts, successful or not.
         init_states: official init states; the k-th attempt starts from the k-th, cyclically. Default: training states.
         replayable: start as a replay does, so that from an episode's first state its actions alone reach success (see `perform`).
+        physics: exact, or sleep (faster; see `make_env`).
 
     Returns episodes in the order (round, strategy). Their attrs: strategy (name), strategy_index, init_state (-1 for a
     training state), seed, attempt, noise, source.
@@ -71,7 +73,7 @@ def collect(
         return Attempt((s, k), repertoire[s], [seed, s, k], None if init_states is None else int(init_states[k % len(init_states)]))
 
     with tqdm(total=num_episodes, desc=f"demonstrations of {task.id}", disable=None if progress else True) as bar:
-        for attempt, episode in perform(task, next_attempt, noise, min(num_envs, num_episodes), replayable=replayable):
+        for attempt, episode in perform(task, next_attempt, noise, min(num_envs, num_episodes), replayable=replayable, physics=physics):
             s, k = attempt.key
             start = -1 if attempt.init_state is None else attempt.init_state
             episode.attrs.update(strategy=repertoire[s].name, strategy_index=s, init_state=start, seed=seed, attempt=k)
@@ -82,9 +84,11 @@ def collect(
     return [e for _, _, e in heapq.merge(*rounds, key=lambda row: row[:2])]
 
 
-def load_or_collect(task: Task, num_episodes: int, seed: int = 0, noise: float = 0.1, progress: bool = True) -> list[Episode]:
+def load_or_collect(
+    task: Task, num_episodes: int, seed: int = 0, noise: float = 0.1, progress: bool = True, physics: str = "exact"
+) -> list[Episode]:
     """`collect`, kept in LIBERO's HDF5 layout in the user's cache folder."""
-    path = cache_file(task, "episodes", "hdf5", num_episodes, seed, noise)
+    path = cache_file(task, "episodes", "hdf5", num_episodes, seed, noise, physics)
     if path.exists():
         try:
             episodes = read_episodes(path, task)
@@ -93,7 +97,7 @@ def load_or_collect(task: Task, num_episodes: int, seed: int = 0, noise: float =
         except UserError as error:
             logging.getLogger(__name__).warning("%s", error)
         logging.getLogger(__name__).warning("%s is damaged: collecting again", path)
-    episodes = collect(task, num_episodes, seed, noise, progress=progress)
+    episodes = collect(task, num_episodes, seed, noise, progress=progress, physics=physics)
     write_demonstrations(path, task, episodes)
     return episodes
 
