@@ -85,7 +85,7 @@ def read_finished(run: Path) -> tuple[dict, dict]:
 
 def stored_args(cls: type, stored: dict):
     """A script's arguments (a `cls`) from those in a config.json, which may be of a version with other flags."""
-    names = {f.name for f in dataclasses.fields(cls)}
+    names, stored = {f.name for f in dataclasses.fields(cls)}, BEFORE | stored
     # JSON has no infinity: `Run` writes it as a word
     return cls(**{name: float(value) if value == "inf" else value for name, value in stored.items() if name in names})
 
@@ -93,6 +93,7 @@ def stored_args(cls: type, stored: dict):
 AFTER_TRAINING = ("corpus_episodes", "corpus_images", "videos", "allow_mismatch")  # flags that may change when a run is resumed
 BY_CONTENT = ("data", "demos", "checkpoint")  # these, too: the files may lie elsewhere now, and are compared by what is in them
 NO_RESULT = ("num_workers",)  # and what changes no result
+BEFORE = {"physics": "exact", "stop_success": None}  # what was done before there were these flags, whose defaults are others
 
 
 def resumed_args(run: Path, script: str, cls: type):

@@ -445,6 +445,12 @@ def test_training_stops_when_training_and_evaluation_say_so(begin, rates, evalua
     let_go(run)
 
 
+def test_a_run_from_before_there_was_a_choice_keeps_its_physics_and_its_steps():
+    found = runs.stored_args(rollout.JobArgs, {"seed": 3, "gone": 1})
+    assert (found.seed, found.physics, found.stop_success) == (3, "exact", None)
+    assert runs.stored_args(rollout.JobArgs, {"physics": "sleep", "stop_success": 0.9}).physics == "sleep"
+
+
 def test_revision_is_not_another_repositorys(tmp_path, monkeypatch):
     """A copy of the code inside somebody's repository doesn't record that repository's revision."""
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
