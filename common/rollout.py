@@ -55,6 +55,12 @@ class JobArgs:
     """go on also where assets, demonstrations or MuJoCo's version are not those that the run was started with"""
     run_folder: str = "runs"
     """where runs are written"""
+    track: bool = False
+    """also log to Weights & Biases (pip install wandb)"""
+    wandb_project_name: str = "rl-data-engine"
+    """the project there"""
+    wandb_entity: str | None = None
+    """the team there"""
     num_envs: Count = 32
     """parallel environments"""
     torch_threads: Count = 2

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,7 +93,7 @@ def stored_args(cls: type, stored: dict):
 
 AFTER_TRAINING = ("corpus_episodes", "corpus_images", "videos", "allow_mismatch")  # flags that may change when a run is resumed
 BY_CONTENT = ("data", "demos", "checkpoint")  # these, too: the files may lie elsewhere now, and are compared by what is in them
-NO_RESULT = ("num_workers",)  # and what changes no result
+NO_RESULT = ("num_workers", "track", "wandb_project_name", "wandb_entity")  # and what changes no result
 BEFORE = {"physics": "exact", "stop_success": None}  # what was done before there were these flags, whose defaults are others
 
 
@@ -123,6 +124,15 @@ def read_config(run: Path) -> dict:
     return config
 
 
+def find_wandb():
+    """The package of Weights & Biases; UserError where it isn't installed."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(f"--track needs Weights & Biases ({error}); run: pip install wandb, or leave it out") from error
+    return wandb
+
+
 class Run:
     """One run of a script: its arguments, folder, checkpoint, log and progress. It can be stopped at any time and continued exactly.
 
@@ -142,6 +152,7 @@ class Run:
         self.folder = Path(self.args.resume) if self.args.resume else None
         if self.folder is not None:
             self.args = resumed_args(self.folder, script, cls)
+        self.wandb = find_wandb() if getattr(self.args, "track", False) else None
         self.checkpoint: dict[str, Any] = {"script": script, "stage": "start", "seconds": 0.0}
         self.began = time.monotonic()  # the clock may be set
         self.training = self.stopping = False
@@ -159,6 +170,11 @@ class Run:
         depends = {**depends, "mujoco": found["mujoco"]}
         if self.folder is None:
             self.folder = make_run(self.args.run_folder, name, self.script, self.args)
+            try:
+                self._track()
+            except UserError:
+                shutil.rmtree(self.folder)
+                raise
             args = {k: "inf" if v == math.inf else v for k, v in dataclasses.asdict(self.args).items()}
             write_json(self.folder / "config.json", {"script": self.script, "args": args, "versions": found, **depends, **config})
             self._lock()
@@ -168,6 +184,7 @@ class Run:
             self._compare(read_config(self.folder), depends, found["torch"])
             self._lock()
             remove_leftovers(self.folder)
+            self._track()
             self.checkpoint = load_checkpoint(self.folder / "checkpoint.pt", self.script)
             if (found_name := self.checkpoint.get("name", name)) != name:
                 raise UserError(f"{self.folder / 'checkpoint.pt'} is not this run's: it is of {found_name}")
@@ -192,6 +209,18 @@ class Run:
                 )
         if (then := config.get("versions", {}).get("torch", torch_version)) != torch_version:
             self.progress.say(f"warning: the run was started with torch {then}, and goes on with {torch_version}")
+
+    def _track(self) -> None:
+        """With --track, send what TensorBoard gets to Weights & Biases, too; a resumed run goes on there."""
+        if self.wandb is None:
+            return
+        names = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity, "name": self.folder.name}
+        how = {"id": self.folder.name[-128:], "resume": "allow", "sync_tensorboard": True, "dir": str(self.folder)}
+        try:
+            self.wandb.init(**names, **how, config=dataclasses.asdict(self.args))
+        except Exception as error:  # no account, no network, ...
+            reason = " ".join(str(error).split())
+            raise UserError(f"--track: Weights & Biases says: {reason}; run wandb login, or set WANDB_MODE=offline") from error
 
     def _lock(self) -> None:
         """Keep other processes out of the folder as long as this one lives, by a lock on config.json, which is never replaced."""
@@ -292,6 +321,8 @@ class Run:
         self.save("done")
         with self._logging():
             self.writer.close()
+        if self.wandb is not None:
+            self.wandb.finish()
         self.progress.close()
         self.progress.say(f"done: {line}; see {self.folder}")
 

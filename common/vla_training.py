@@ -53,6 +53,12 @@ class TrainingArgs:
     """go on although data, renderer, assets, instruction or MuJoCo are not those of the run, or of the training that is evaluated"""
     run_folder: str = "runs"
     """where runs are written"""
+    track: bool = False
+    """also log to Weights & Biases (pip install wandb)"""
+    wandb_project_name: str = "rl-data-engine"
+    """the project there"""
+    wandb_entity: str | None = None
+    """the team there"""
     precision: Literal["auto", "float32"] = "auto"
     """of matrix products and convolutions: auto (bfloat16, where the hardware multiplies it) or float32"""
     device: Literal["auto", "cpu", "cuda"] = "auto"

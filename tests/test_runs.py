@@ -257,6 +257,9 @@ class JobArgs(Args):
     allow_mismatch: bool = False
     checkpoint_interval: int = 1
     target_kl: float = 1.0
+    track: bool = False
+    wandb_project_name: str = "rl-data-engine"
+    wandb_entity: str | None = None
 
 
 @pytest.fixture
@@ -310,6 +313,43 @@ def test_two_processes_do_not_share_a_run(begin):
         begin("--resume", run.folder)
     let_go(run)
     let_go(begin("--resume", run.folder))
+
+
+def test_track_as_cleanrl_does(begin, monkeypatch):
+    """The run under its folder's name, with its arguments; a resumed run goes on there; one that can't begin leaves nothing."""
+    calls = []
+    wandb = types.SimpleNamespace(init=lambda **given: calls.append(given), finish=lambda: calls.append("finish"))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run = let_go(begin("--track", "--wandb-project-name", "mine", "--wandb-entity", "we", "--seed", "4"))
+    (given,) = calls
+    assert (given["project"], given["entity"], given["name"], given["sync_tensorboard"]) == ("mine", "we", run.folder.name, True)
+    assert given["config"]["seed"] == 4 and given["dir"] == str(run.folder)
+    again = begin("--resume", run.folder)
+    assert calls[1]["id"] == given["id"] == run.folder.name and calls[1]["resume"] == "allow"
+    again.finish({}, "all is well")
+    assert calls[2:] == ["finish"]
+    let_go(again)
+    let_go(begin("--resume", run.folder, "--no-track"))
+    wandb.init = lambda **given: (_ for _ in ()).throw(RuntimeError("no account"))
+    before = tree(run.folder.parent)
+    with pytest.raises(UserError, match="--track: Weights & Biases says: no account; run wandb login, or set WANDB_MODE=offline"):
+        begin("--track")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="--track needs Weights & Biases .*; run: pip install wandb"):
+        begin("--track")
+    assert tree(run.folder.parent) == before and len(list(run.folder.parent.iterdir())) == 1
+
+
+def test_track_with_wandb_itself(begin, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = begin("--track")
+    run.log({"charts/some_number": 0.625}, 3)
+    run.finish({}, "all is well")
+    let_go(run)
+    (log,) = run.folder.glob("wandb/offline-run-*/*.wandb")
+    assert run.folder.name in log.name and b"charts/some_number" in log.read_bytes()
 
 
 class Counting:
