@@ -53,7 +53,7 @@ def write_report(run: Path, task: Task, progress: Progress) -> None:
     path = default_out([run])
     try:
         source = _read(run, task)
-        page = {"sources": [describe(*source)], "fps": 20, "stride": 1}  # as rollout.make_videos writes them
+        page = {"sources": [describe(*source)], "fps": FPS, "stride": STRIDE}  # as rollout.make_videos has them, too
         page["videos"], page["videos_note"] = _videos_of_run(run, page["sources"][0]["episodes"])
         _write(path, page)
         progress.say(f"to look at: {path} ({path.stat().st_size / 1e6:.1f} MB)")
@@ -68,6 +68,7 @@ def write_page(
     videos: int = 160,
     each: int | None = None,
     progress: Progress | None = None,
+    rrd: Path | None = None,
 ) -> None:
     """Write the page of runs (folders) and corpora or demonstrations (files) to `path`, whole or not at all.
 
@@ -75,10 +76,13 @@ def write_page(
         assets: LIBERO's asset folder or "standin", default of the kind that the sources were made on.
         videos: pixels of a video's side; 0: none. Videos that would make the page larger than MAX_BYTES are left out, which it says.
         each: so many episodes of a pattern have a video (None: all).
+        rrd: also write paths and videos to this file, for Rerun.
 
-    Raises UserError for a folder that is not a finished run with a corpus, and for what `read_episodes` and `load_task` refuse.
+    Raises UserError for a folder that is not a finished run with a corpus, for what `read_episodes` and `load_task` refuse, and where
+    `rrd` is wanted and rerun-sdk is missing.
     """
     progress = progress or Progress()
+    rerun = find_rerun() if rrd else None
     loaded = [_load(source, assets) for source in sources]
     page = {"sources": [describe(*source) for source in loaded], "fps": FPS, "stride": STRIDE, "videos": {}, "videos_note": ""}
     if videos:
@@ -89,6 +93,9 @@ def write_page(
         else:
             page["videos_note"] = f"no videos: {reason}"
     _write(path, page)
+    if rrd:
+        with atomic_path(rrd) as temporary:
+            _write_rrd(rerun, temporary, page)
 
 
 def _write(path: Path, page: dict[str, Any]) -> None:
@@ -312,6 +319,45 @@ def _videos_of_run(run: Path, episodes: Sequence[dict]) -> tuple[dict[str, str],
     return found, f"a video of one episode a pattern; python -m common.view {run} makes all of them" if found else "the run made no videos"
 
 
+# ---------------------------------------------------------------------------------------------- Rerun
+
+
+def find_rerun():
+    """The package rerun-sdk; UserError where it isn't installed."""
+    try:
+        import rerun
+    except ImportError as error:
+        raise UserError(f"--rrd needs rerun-sdk ({error}); run: pip install rerun-sdk") from error
+    return rerun
+
+
+def _write_rrd(rr, path: Path, page: dict[str, Any]) -> None:
+    """SOURCE/PATTERN/EPISODE: the hand's path and the objects', a point that goes along it, and the video, on the timeline "time" (s)."""
+    recording = rr.RecordingStream("rl-data-engine")
+    recording.save(path)
+    recording.log("/", rr.ViewCoordinates.RIGHT_HAND_Z_UP, static=True)
+    for s, source in enumerate(page["sources"]):
+        groups = {group["id"]: group for group in source["groups"]}
+        for i, episode in enumerate(source["episodes"]):
+            group = groups[episode["group"]]
+            name = "/".join(map(rr.escape_entity_path_part, (source["name"], group["name"], f"episode {i}")))
+            colour = [int(group["colour"][k : k + 2], 16) for k in (1, 3, 5)]
+            hand, *tracks = (np.reshape(flat, (-1, 3)) * UNIT for flat in (episode["path"], *episode["objects"]))
+            recording.log(f"{name}/path", rr.LineStrips3D([hand], colors=[colour], radii=0.0015), static=True)
+            for thing, track in zip(source["objects"], tracks, strict=True):
+                recording.log(f"{name}/{thing}", rr.LineStrips3D([track], colors=[colour], radii=0.0007), static=True)
+            time = rr.TimeColumn("time", duration=np.arange(1, len(hand) + 1) / 20)  # a path's points are of after the actions
+            recording.send_columns(f"{name}/hand", [time], rr.Points3D.columns(positions=hand, colors=[colour] * len(hand)))
+            if mp4 := page["videos"].get(f"{s}:{i}"):
+                video = rr.AssetVideo(contents=base64.b64decode(mp4), media_type="video/mp4")
+                recording.log(f"{name}/video", video, static=True)
+                shown = video.read_frame_timestamps_nanos()
+                references = rr.VideoFrameReference.columns_nanos(shown)
+                recording.send_columns(f"{name}/video", [rr.TimeColumn("time", duration=shown / 1e9)], references)
+    recording.flush()
+    recording.disconnect()
+
+
 # ---------------------------------------------------------------------------------------------- command
 
 
@@ -329,6 +375,7 @@ def main(
     each: Count | None = None,
     size: Annotated[int, Range(32, 512)] = 160,
     assets: str | None = None,
+    rrd: bool = False,
 ) -> None:
     """Make one HTML page of runs and corpora, to be opened in a browser: no server, no network.
 
@@ -339,6 +386,7 @@ def main(
         each: Of so many episodes a pattern only (default: of all).
         size: Pixels of a video's side.
         assets: LIBERO's asset folder, or standin (default: of the kind that the sources were made on).
+        rrd: Also write the paths and the videos for Rerun (needs rerun-sdk), as the page's name with .rrd.
     """
     if not sources:
         raise UserError("nothing to look at; name run folders or HDF5 files")
@@ -348,10 +396,11 @@ def main(
         raise UserError(f"--each must be at least 1, not {each}")
     progress, out = Progress(), out or default_out(sources)
     try:
-        write_page(out, sources, assets, (size - size % 2) * videos, each, progress)
+        write_page(out, sources, assets, (size - size % 2) * videos, each, progress, out.with_suffix(".rrd") if rrd else None)
     finally:
         progress.close()
-    progress.say(f"{out} ({out.stat().st_size / 1e6:.1f} MB)")
+    for path in (out, out.with_suffix(".rrd"))[: 1 + rrd]:
+        progress.say(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":

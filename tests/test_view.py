@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 
 import h5py
 import numpy as np
@@ -172,7 +173,7 @@ def test_errors(run, tmp_path):
 
 
 def test_report_of_a_run_that_has_just_ended(run, drawer_task, tmp_path, monkeypatch, capsys):
-    """The run's own videos, at their own rate, and nothing is rendered; what goes wrong is a line."""
+    """The run's own videos, and nothing is rendered; what goes wrong is a line."""
     monkeypatch.setattr(view, "make_renderer", None)
     shutil.copytree(run, folder := tmp_path / "run")
     view.write_report(folder, drawer_task, Progress())
@@ -183,7 +184,7 @@ def test_report_of_a_run_that_has_just_ended(run, drawer_task, tmp_path, monkeyp
     view.write_report(folder, drawer_task, Progress())
     _, page = content(folder / "report.html")
     assert page["videos"] == {"0:4": base64.b64encode(b"a video").decode()} and "one episode a pattern" in page["videos_note"]
-    assert (page["fps"], page["stride"]) == (20, 1) and len(page["sources"][0]["episodes"]) == 7
+    assert (page["fps"], page["stride"]) == (10, 2) and len(page["sources"][0]["episodes"]) == 7
     assert capsys.readouterr().err.count(f"to look at: {folder / 'report.html'} (") == 2
     before = (folder / "report.html").read_bytes()
     (folder / "summary.json").write_text("{")
@@ -191,6 +192,25 @@ def test_report_of_a_run_that_has_just_ended(run, drawer_task, tmp_path, monkeyp
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and f"no report.html: {folder} is not a finished run" in said and "python -m common.view" in said
     assert (folder / "report.html").read_bytes() == before
+
+
+def test_rerun(run, drawer_task, tmp_path, monkeypatch):
+    """Rerun reads back every episode's path, over its seconds."""
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="--rrd needs rerun-sdk .*; run: pip install rerun-sdk"):
+        patch.setitem(sys.modules, "rerun", None)
+        view.main([run], out=tmp_path / "none.html", videos=False, rrd=True)
+    assert not list(tmp_path.iterdir())
+    dataframe = pytest.importorskip("rerun.dataframe", reason="rerun-sdk is not installed")
+    view.main([run], out=tmp_path / "page.html", videos=available()[0], size=64, rrd=True)
+    recording = dataframe.load_recording(tmp_path / "page.rrd")
+    assert recording.application_id() == "rl-data-engine"
+    for i, episode in enumerate(read_episodes(run / "corpus.hdf5", drawer_task)):
+        name = f"/a_run/pattern\\ {episode.attrs['pattern']}/episode\\ {i}/hand"
+        table = recording.view(index="time", contents=name).select().read_all()
+        places = np.array([row[0] for row in table[f"{name}:Points3D:positions"].to_pylist()])
+        np.testing.assert_allclose(places, episode.proprio["ee_pos"], atol=0.51e-3)
+        seconds = np.array(table["time"].cast("int64").to_pylist()) / 1e9
+        np.testing.assert_allclose(seconds, np.arange(1, episode.length + 1) / 20)
 
 
 def test_where_the_page_goes(run, demos):
