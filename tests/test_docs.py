@@ -65,6 +65,12 @@ def parse(command: Command, monkeypatch) -> None:
         real(f, **kwargs)
         raise Parsed
 
+    def only_parse_one_of(functions, **kwargs):
+        real_one_of({name: functools.wraps(f)(lambda *args, **kwargs: None) for name, f in functions.items()}, **kwargs)
+        raise Parsed
+
+    real_one_of = tyro.extras.subcommand_cli_from_dict
+    monkeypatch.setattr(tyro.extras, "subcommand_cli_from_dict", only_parse_one_of)
     monkeypatch.setattr(tyro, "cli", only_parse)
     monkeypatch.setattr(sys, "argv", [command.target, *command.args])
     with pytest.raises(Parsed):
@@ -98,7 +104,12 @@ def test_commands_are_real(line, monkeypatch, capsys):
 
 def test_a_wrong_flag_is_found(monkeypatch):
     """The test above can fail."""
-    for wrong in ("python gaussian_ppo.py --num-pattern 3", "python -m common.data --strickt F", "python gaussian_ppo.py --seed one"):
+    for wrong in (
+        "python gaussian_ppo.py --num-pattern 3",
+        "python -m common.data --strickt F",
+        "python gaussian_ppo.py --seed one",
+        "python -m common.lerobot export F --ou D",
+    ):
         with pytest.raises(SystemExit), monkeypatch.context() as patch:
             parse(read_command(wrong), patch)
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -21,6 +22,7 @@ from common.lerobot import dataset, layout
 from common.lerobot.__main__ import export as export_command
 from common.video import read_video
 
+ROOT = Path(__file__).resolve().parents[1]
 LENGTHS, SIDE = (6, 4, 5), 96  # 96: what LeRobot's smallest vision backbone takes
 
 
@@ -276,17 +278,34 @@ def test_lerobot_loads_every_frame(exported, episodes, drawer_task, videos, monk
     assert loaded.meta.stats["action"]["mean"].shape == (7,) and loaded.meta.episodes[1]["pattern"] == 1
 
 
-def test_lerobot_trains_on_it(exported, tmp_path):
+def test_lerobot_trains_on_it_and_evaluates_here(exported, tmp_path):
+    """Ten steps of a small ACT by LeRobot's trainer; then `lerobot-eval` in our simulator, by one flag."""
     if importlib.util.find_spec("lerobot") is None:
         pytest.skip("lerobot is not installed (it needs an environment of its own)")
-    flags = f"""--dataset.repo_id=someone/corpus --dataset.root={exported[True]} --dataset.video_backend=pyav
-        --output_dir={tmp_path / "out"}
-        --policy.type=act --policy.device=cpu --policy.push_to_hub=false --policy.chunk_size=4 --policy.n_action_steps=4
-        --policy.dim_model=32 --policy.n_heads=2 --policy.dim_feedforward=32 --policy.n_encoder_layers=1 --policy.latent_dim=8
-        --policy.n_vae_encoder_layers=1 --policy.pretrained_backbone_weights=null
-        --steps=10 --batch_size=2 --num_workers=0 --log_freq=1 --eval_freq=0 --save_freq=10 --wandb.enable=false"""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "lerobot.scripts.lerobot_train", *flags.split()]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert (tmp_path / "out/checkpoints/000010/pretrained_model/model.safetensors").is_file()
+
+    def run(script: str, flags: str) -> None:
+        command = [sys.executable, "-m", f"lerobot.scripts.{script}", *flags.split()]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr[-3000:]
+        print(*result.stderr.splitlines()[-25:], *result.stdout.splitlines()[-10:], sep="\n")
+
+    run(
+        "lerobot_train",
+        f"""--dataset.repo_id=someone/corpus --dataset.root={exported[True]} --dataset.video_backend=pyav
+        --output_dir={tmp_path / "out"} --policy.type=act --policy.device=cpu --policy.push_to_hub=false --policy.chunk_size=4
+        --policy.n_action_steps=4 --policy.dim_model=32 --policy.n_heads=2 --policy.dim_feedforward=32 --policy.n_encoder_layers=1
+        --policy.latent_dim=8 --policy.n_vae_encoder_layers=1 --policy.pretrained_backbone_weights=null
+        --steps=10 --batch_size=2 --num_workers=0 --log_freq=1 --eval_freq=0 --save_freq=10 --wandb.enable=false""",
+    )
+    policy = tmp_path / "out/checkpoints/000010/pretrained_model"
+    assert (policy / "model.safetensors").is_file()
+    run(
+        "lerobot_eval",
+        f"""--policy.path={policy} --policy.device=cpu --env.discover_packages_path=common.lerobot --env.type=fast_libero
+        --env.task=libero_goal/0 --env.observation_height={SIDE} --env.observation_width={SIDE} --env.episode_length=8
+        --eval.n_episodes=4 --eval.batch_size=2 --output_dir={tmp_path / "eval"}""",
+    )
+    info = json.loads((tmp_path / "eval/eval_info.json").read_text())
+    assert info["overall"]["n_episodes"] == 4 and info["per_task"][0]["task_group"] == "libero_goal"
+    assert len(list((tmp_path / "eval/videos").rglob("*.mp4"))) == 4
