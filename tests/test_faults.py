@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -19,7 +18,8 @@ from torch.utils import tensorboard  # noqa: F401  (before forks, which then nee
 
 from benchmarks import faults
 from benchmarks.faults import Case
-from common.cli import UserError, atomic_path, remove_leftovers
+from common.cli import UserError, remove_leftovers
+from common.data.write import _new_file
 from common.runs import Run, rng_state, set_rng_state
 
 CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ def script() -> None:
     if run.stage in ("start", "reinforce"):
         run.train(trainer, lambda logs: "")
     trainer.agent.load_state_dict(run.checkpoint["agent"])
-    with atomic_path(run.folder / "corpus.hdf5") as temporary, h5py.File(temporary, "w") as file:
+    with _new_file(run.folder / "corpus.hdf5") as file:
         for k in range(3):
             for name in ("states", "actions"):
                 file.create_dataset(f"data/demo_{k}/{name}", data=np.outer(trainer.agent.weight.detach().numpy(), range(k + 2)))
