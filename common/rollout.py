@@ -98,8 +98,8 @@ class JobArgs:
 
     # Roll out
     stop_success: Fraction | None = 0.97
-    """stop training when the last 50 episodes of each pattern, and then the evaluation, succeed so often (mean; each pattern within 5
-    points of it). None: train for all --total-steps, as a comparison at equal steps needs"""
+    """stop training when the last 50 episodes of each pattern, and then half an evaluation from training starts, succeed so often (mean;
+    each pattern within 5 points of it). None: train for all --total-steps, as a comparison at equal steps needs"""
     eval_episodes: Count = 50
     """official init states to evaluate each pattern on (at most 50)"""
     corpus_episodes: Count = 20
@@ -155,42 +155,33 @@ class Job:
         """What the policy would have seen in the demonstrations; see `observe_demos`."""
         return observe_demos(self.train_env, self.demos, self.run.progress)
 
-    def evaluate(
-        self,
-        policy: Policy,
-        patterns: Sequence[int],
-        stage: str,
-        most: int | None = None,
-        passes: Callable[[list[float]], bool] | None = None,
-    ):
+    def evaluate(self, policy: Policy, patterns: Sequence[int], stage: str, most: int | None = None) -> list[dict]:
         """Success of each pattern from the official init states, rows of summary.json's `per_pattern`, and a line about it.
 
-        `most` episodes of all patterns together, and as many of each. With `passes`, None as soon as it could not say True any more.
+        `most` episodes of all patterns together, and as many of each.
         """
         each = self.args.eval_episodes if most is None else min(self.args.eval_episodes, max(1, most // len(patterns)))
-        rows, _ = evaluate(self.eval_env, policy, patterns, each, self.run.progress, f"evaluate {stage}", passes)
-        if rows is None:
-            self.run.progress.say(f"{stage}: not yet")
-            return None
+        rows, _ = evaluate(self.eval_env, policy, patterns, each, self.run.progress, f"evaluate {stage}")
         rates = [row["success_rate"] for row in rows]
         each = f" ({', '.join(f'{rate:.0%}' for rate in rates)})" if len(rates) > 1 else ""
         self.run.progress.say(f"{stage}: success {np.mean(rates):.0%}{each}")
         return rows
 
     def train(self, trainer: Trainer, policy: Policy, patterns: Sequence[int], note: Callable[[dict[str, float]], str]) -> None:
-        """Train to the end, or until `--stop-success` is reached: in training's last episodes, and then in the evaluation, which is
-        then the final one."""
+        """Train to the end, or until `--stop-success` is reached: in training's last episodes, and then in half an evaluation from
+        training starts. Official init states are kept for the end: what had been stopped for on them would look too good."""
 
         def done() -> bool:
             if not trainer.promising:
                 return False
             trainer.looked = trainer.iteration
-            rows = self.evaluate(policy, patterns, "Reinforce so far", passes=functools.partial(succeeds, self.args.stop_success))
-            if rows is not None:
-                self.run.checkpoint["evaluation"] = rows
-                return True
-            self.run.progress.stage("Reinforce", trainer.num_iterations, trainer.iteration)
-            return False
+            passes, each = functools.partial(succeeds, self.args.stop_success), max(1, self.args.eval_episodes // 2)
+            self.eval_env.reset(seed=self.args.seed + 6)
+            rows, _ = evaluate(self.eval_env, policy, patterns, each, self.run.progress, "can it stop?", passes, official=False)
+            self.run.progress.say(f"after {trainer.env_steps} steps: {'not good enough yet' if rows is None else 'good enough to stop'}")
+            if rows is None:
+                self.run.progress.stage("Reinforce", trainer.num_iterations, trainer.iteration)
+            return rows is not None
 
         self.run.train(trainer, note, done)
 
@@ -200,7 +191,7 @@ class Job:
         Returns: the corpus, sorted by pattern, and what summary.json says of it.
         """
         run, args, task, env, progress = self.run, self.args, self.task, self.eval_env, self.run.progress
-        per_pattern = run.checkpoint.get("evaluation") or self.evaluate(policy, patterns, "Reinforce")
+        per_pattern = self.evaluate(policy, patterns, "Reinforce")
         trained = run.checkpoint["history"][-1][1:]
         for line in gaps(per_pattern, trained):
             progress.say(line)
@@ -452,17 +443,19 @@ def evaluate(
     env: LiberoVectorEnv,
     policy: Policy,
     patterns: Sequence[int],
-    init_states: int,
+    each: int,
     progress: Progress,
     stage: str,
     passes: Callable[[list[float]], bool] | None = None,
+    official: bool = True,
 ) -> tuple[list[dict] | None, list[Episode]]:
-    """Each pattern on the first `init_states` official init states: rows for summary.json's `per_pattern`, and the episodes.
+    """Each pattern on the first `each` official init states, or else on as many training resets: rows for summary.json's `per_pattern`,
+    and the episodes.
 
     It ends, with None for the rows, as soon as `passes` would be False of the patterns' success rates even if all the rest succeeded.
     """
-    each = min(init_states, len(env.task.init_states))
-    jobs = [(z, i) for i in range(each) for z in patterns]
+    each = min(each, len(env.task.init_states))
+    jobs = [(z, i if official else -1) for i in range(each) for z in patterns]
     progress.stage(stage, len(jobs))
     lengths: dict[int, list[int]] = {z: [] for z in patterns}  # of those that succeeded
     failed = dict.fromkeys(patterns, 0)

@@ -470,18 +470,21 @@ class Succeeding(rollout.Trainer):
         ([1.0, 1.0], [1.0, 1.0], None, 30, 0),
     ],
 )
-def test_training_stops_when_training_and_evaluation_say_so(begin, rates, evaluated, stop_success, stopped, looks):
+def test_training_stops_when_training_and_evaluation_say_so(begin, monkeypatch, rates, evaluated, stop_success, stopped, looks):
     run, seen = begin("--checkpoint-interval", "1000"), []
 
-    def evaluate(policy, patterns, stage, passes=None):
+    def evaluate(env, policy, patterns, each, progress, stage, passes, official):
+        assert each == 25 and not official  # official init states are kept for the end
         seen.append(stage)
-        return [{"success_rate": rate} for rate in evaluated] if passes(evaluated) else None
+        return ([{"success_rate": rate} for rate in evaluated] if passes(evaluated) else None), []
 
+    monkeypatch.setattr(rollout, "evaluate", evaluate)
     trainer = Succeeding(rates, stop_success)
-    job = types.SimpleNamespace(run=run, args=trainer.args, evaluate=evaluate)
+    trainer.args.eval_episodes = 50
+    job = types.SimpleNamespace(run=run, args=trainer.args, eval_env=types.SimpleNamespace(reset=lambda seed: None))
     rollout.Job.train(job, trainer, None, [0, 1], lambda logs: "")
     assert (trainer.iteration, len(seen)) == (stopped, looks)
-    assert ("evaluation" in run.checkpoint) == (stopped < 30) and run.stage == "roll out"
+    assert run.stage == "roll out"
     let_go(run)
 
 
