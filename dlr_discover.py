@@ -64,7 +64,7 @@ class Args(rollout.JobArgs):
     """learning rate of behaviour cloning"""
     learn_noise: NotNegative = 0.1
     """Gaussian noise on cloned observations, in units of their standard deviation: teaches the way back to the demonstrations"""
-    learn_switch_weight: Annotated[float, Range(1)] = 5.0
+    learn_switch_weight: Annotated[float, Range(1)] = 3.0
     """weight of the gripper in the two steps from each change of its command on: without it the mean action waits there for ever"""
     hidden: Count = 256
     """width of the hidden layers"""
@@ -413,9 +413,9 @@ class Agent(nn.Module):
 def learn(args: Args, agent: Agent, demos: list[np.ndarray | dict], actions: list[np.ndarray], labels: list[np.ndarray], tick: Callable):
     """Behaviour cloning: maximise log pi(a | s, z) on the labelled demonstrations.
 
-    The gripper's term is weighted by `rollout.switch_weights`. A tenth of each pattern's episodes is held out; the weights of the best
-    held-out loss are kept, and training stops after `learn_patience` epochs without a better one. `tick(epoch, losses)` is called
-    after each epoch.
+    LIBERO takes the gripper's sign: its term is log P(sign) with P(close) = sigmoid(4 x its mean), weighted by `rollout.switch_weights`.
+    A tenth of each pattern's episodes is held out; the weights of the best held-out loss are kept, and training stops after
+    `learn_patience` epochs without a better one. `tick(epoch, losses)` is called after each epoch.
     """
     torch.manual_seed(args.seed + 1)
     agent.obs_encoder.fit(join(demos))
@@ -436,8 +436,9 @@ def learn(args: Args, agent: Agent, demos: list[np.ndarray | dict], actions: lis
     test = tensors(held_out if held_out.any() else ~held_out)  # a single demonstration a pattern
 
     def negative_log_likelihood(obs, act, weight, z):
-        log_prob = agent.policy(agent.obs_encoder(obs), z).log_prob(act)
-        return -(log_prob[:, :-1].sum(-1) + weight * log_prob[:, -1]).mean()
+        policy = agent.policy(agent.obs_encoder(obs), z)
+        gripper = nn.functional.logsigmoid(4.0 * policy.mean[:, -1] * act[:, -1].sign())
+        return -(policy.log_prob(act)[:, :-1].sum(-1) + weight * gripper).mean()
 
     optimizer = torch.optim.Adam([*agent.obs_encoder.parameters(), *agent.actor.parameters(), agent.log_std], lr=args.learn_lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.learn_epochs, eta_min=args.learn_lr / 20)

@@ -58,8 +58,7 @@ from common.libero.original import libero_env
 from common.libero.step import NO_OP
 from common.libero.tasks import Predicate
 from common.metrics import newcombe_interval
-from common.networks import make_obs_encoder
-from common.rollout import observation, roll_out
+from common.rollout import obs_encoder, observation, roll_out
 from common.runs import Progress, load_checkpoint, read_finished, stored_args, versions, write_json
 from common.suites import SUITES, resolve, task_names
 
@@ -347,7 +346,7 @@ def load_policy(run: Path, assets: str | None) -> tuple[Task, dict, Callable, li
     checkpoint = load_checkpoint(run / "checkpoint.pt", config["script"])
 
     def make(env):
-        encoder = make_obs_encoder(env.single_observation_space, args.encoder)
+        encoder = obs_encoder(args, env.single_observation_space, task)
         agent = script.Agent(encoder, *([checkpoint["num_patterns"]] if script is dlr_discover else []), args.hidden)
         try:
             agent.load_state_dict(checkpoint["agent"])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
@@ -83,6 +84,8 @@ class JobArgs:
     """of pictures: resnet18, the papers', or small, four convolutions; auto: small on a CPU"""
     image_size: Annotated[int, Range(32, 512, zero=True)] = 0
     """pixels of a picture's side (0: as the encoder likes it, small 64, resnet18 84)"""
+    near_field: NotNegative = 0.03
+    """with states, metres within which relative positions are shown in detail, beside the standardised state (0: not)"""
     critic: Literal["features", "state"] = "features"
     """with pixels, what the critic sees: the policy's features, or the simulator's state, which the policy never does"""
 
@@ -149,7 +152,7 @@ class Job:
 
     def obs_encoder(self) -> Normalizer | PixelEncoder:
         """A new encoder of what the environment shows."""
-        return make_obs_encoder(self.train_env.single_observation_space, self.args.encoder)
+        return obs_encoder(self.args, self.train_env.single_observation_space, self.task)
 
     def observed_demos(self) -> list:
         """What the policy would have seen in the demonstrations; see `observe_demos`."""
@@ -372,6 +375,11 @@ def load_demos(
     source = f"{path} (filter key {filter_key})" if filter_key else str(path)
     progress.say(f"demonstrations: {len(episodes)} from {source}")
     return episodes, source
+
+
+def obs_encoder(args: JobArgs, space: gym.Space, task: Task) -> Normalizer | PixelEncoder:
+    """A new encoder of what an environment of `task` shows, its `single_observation_space`."""
+    return make_obs_encoder(space, args.encoder, StateObservation(task).relative, args.near_field)
 
 
 def observe_demos(env: LiberoVectorEnv, demos: Sequence[Episode], progress: Progress) -> list:

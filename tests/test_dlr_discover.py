@@ -316,17 +316,20 @@ def test_learn_recovers_a_linear_policy_of_each_pattern():
         for z in range(3):
             truth = obs @ coefficients[z]
             mean = agent.policy(agent.obs_encoder(torch.as_tensor(obs)), torch.full((500,), z)).mean.numpy()
-            assert ((mean - truth) ** 2).mean() < 0.02 * (truth**2).mean()
+            assert ((mean - truth)[:, :6] ** 2).mean() < 0.02 * (truth[:, :6] ** 2).mean()
+            assert (np.sign(mean[:, 6]) == np.sign(truth[:, 6])).mean() > 0.95
             np.testing.assert_array_equal(agent.act(obs, np.full(500, z)), mean.clip(-1, 1))
 
 
 def held_out_loss(agent, demos, actions, labels, chosen) -> float:
-    """-log pi(a | s, z) per state, by torch's multivariate normal."""
+    """-log pi(a | s, z) per state, by torch's multivariate normal, and of the gripper's sign by its cross-entropy."""
     obs, act = (torch.as_tensor(np.concatenate([x[i] for i in chosen]), dtype=torch.float32) for x in (demos, actions))
     z = torch.as_tensor(np.concatenate([labels[i] for i in chosen]))
     with torch.no_grad():
         policy = agent.policy(agent.obs_encoder(obs), z)
-        return -MultivariateNormal(policy.mean, torch.diag_embed(policy.stddev**2)).log_prob(act).mean().item()
+        motion = MultivariateNormal(policy.mean[:, :6], torch.diag_embed(policy.stddev[:, :6] ** 2)).log_prob(act[:, :6])
+        gripper = torch.nn.functional.binary_cross_entropy_with_logits(4 * policy.mean[:, 6], (act[:, 6] > 0).float())
+        return (gripper - motion.mean()).item()
 
 
 def test_learn_stops_early_and_keeps_the_best_weights():

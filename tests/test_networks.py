@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -108,6 +110,51 @@ def test_cameras_and_what_the_critic_sees():
 def test_states_need_no_encoder():
     encoder = make_obs_encoder(gym.spaces.Box(-np.inf, np.inf, (7,), np.float32))
     assert isinstance(encoder, Normalizer) and encoder.size == 7 and not list(encoder.parameters())
+
+
+def near_encoder(near_field: float, size: int = 5) -> Normalizer:
+    return make_obs_encoder(gym.spaces.Box(-np.inf, np.inf, (size,), np.float32), "small", [3, 1, 2], near_field)
+
+
+def test_near_field_shows_relative_positions_in_detail_too():
+    encoder = near_encoder(0.03)
+    x = torch.tensor([[0.0, 1.0, 0.5, 0.0, 7.0], [0.4, 3.0, 0.01, 0.3, 8.0], [-0.4, 2.0, -0.51, 0.1, 6.0]])
+    encoder.fit(x)
+    features = encoder(x)
+    assert features.shape == (3, encoder.size) == (3, encoder.critic_size) == (3, 8)
+    torch.testing.assert_close(features[:, :5], (x - x.mean(0)) / x.std(0, correction=0))
+    torch.testing.assert_close(features[1, 5:], torch.tensor([1.0, 1.0, math.tanh(1 / 3)]))
+    torch.testing.assert_close(features[2, 5:], torch.tensor([math.tanh(10 / 3), 1.0, -1.0]))
+    assert type(near_encoder(0.0)) is Normalizer
+
+
+def test_near_field_noise_falls_with_distance():
+    encoder = near_encoder(0.03)
+    encoder.fit(torch.tensor([[-0.3] * 5, [0.3] * 5]))  # a standard deviation of 0.3 in each
+    x = torch.tensor([[5.0, 0.0, 0.0, 0.0, 5.0], [0.0, 0.0, 0.3, -0.4, 0.0], [0.0, 0.0, 0.0, 9.0, 0.0]]).repeat_interleave(20_000, 0)
+    noise = (encoder.augment(x, 0.1) - x).reshape(3, 20_000, 5)
+    assert noise.mean(1).abs().max() < 1e-3
+    expected = torch.tensor([[0.03, 0.001, 0.001, 0.001, 0.03], [0.03, 0.011, 0.011, 0.011, 0.03], [0.03] * 5])
+    torch.testing.assert_close(noise.std(1), expected, rtol=0.03, atol=0)
+
+
+def test_near_field_tells_centimetres_within_a_metre():
+    x = torch.linspace(-0.5, 0.5, 401)[:, None]
+    y = torch.where(x.abs() < 0.03, 1.0, -1.0)  # as a hand that closes on what is between its fingers
+    wrong = {}
+    for near_field in (0.0, 0.03):
+        torch.manual_seed(0)
+        encoder = make_obs_encoder(gym.spaces.Box(-np.inf, np.inf, (1,), np.float32), "small", [0], near_field).fit(x)
+        net = mlp([encoder.size, 32, 32, 1], out_std=0.01)
+        optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+        for _ in range(300):
+            loss = (net(encoder(x)) - y).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        wrong[near_field] = int((net(encoder(x)).sign() != y).sum())
+    assert wrong[0.0] == (y > 0).sum()  # it never closes
+    assert wrong[0.03] < wrong[0.0] / 2
 
 
 def test_random_shift_moves_each_picture_and_repeats_its_edge():

@@ -23,7 +23,7 @@ class StateObservation:
     object's position relative to the target.
 
     Every number is an entry of mjData or the difference of two: `terms` (size, 4) int64 holds field and flat index of the
-    first, and of the second (or -1), for compiled code to gather.
+    first, and of the second (or -1), for compiled code to gather. `relative` are the indices of the differences.
     """
 
     def __init__(self, task: Task):
@@ -59,6 +59,7 @@ class StateObservation:
         self.layout = {name: slice(int(end) - len(rows), int(end)) for (name, rows), end in zip(terms.items(), ends, strict=True)}
         self.size = int(ends[-1])
         self.terms = np.array([row for rows in terms.values() for row in rows], np.int64)
+        self.relative = np.flatnonzero(self.terms[:, 2] >= 0).tolist()
 
     @staticmethod
     def _terms(plus, minus=(-1, 0), offsets=(0, 1, 2)) -> list[tuple[int, int, int, int]]:
