@@ -347,7 +347,8 @@ def _write_rrd(rr, path: Path, page: dict[str, Any]) -> None:
             for thing, track in zip(source["objects"], tracks, strict=True):
                 recording.log(f"{name}/{thing}", rr.LineStrips3D([track], colors=[colour], radii=0.0007), static=True)
             time = rr.TimeColumn("time", duration=np.arange(1, len(hand) + 1) / 20)  # a path's points are of after the actions
-            recording.send_columns(f"{name}/hand", [time], rr.Points3D.columns(positions=hand, colors=[colour] * len(hand)))
+            recording.log(f"{name}/hand", rr.Points3D.from_fields(colors=[colour], radii=0.006), static=True)
+            recording.send_columns(f"{name}/hand", [time], rr.Points3D.columns(positions=hand))
             if mp4 := page["videos"].get(f"{s}:{i}"):
                 video = rr.AssetVideo(contents=base64.b64decode(mp4), media_type="video/mp4")
                 recording.log(f"{name}/video", video, static=True)

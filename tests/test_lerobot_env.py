@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
+import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +18,8 @@ from common.lerobot import hub
 from common.libero import make_env
 from common.libero.renderers import available, make_renderer
 from common.libero.step import NO_OP
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +97,24 @@ def test_which_tasks():
         hub.make_env(1, cfg=types.SimpleNamespace(task="libero_nowhere"))
     with pytest.raises(UserError, match="no task left of libero_goal with task_ids"):
         hub.make_env(1, cfg=types.SimpleNamespace(task="libero_goal", task_ids=[99]))
+
+
+def test_from_the_hub(tmp_path, monkeypatch):
+    """LeRobot fetches env.py alone into the Hub's cache, and loads it; the rest of the project comes after it, of the same revision."""
+    snapshot = tmp_path / "models--someone--fast-libero" / "snapshots" / "abc123"
+    snapshot.mkdir(parents=True)
+    shutil.copy(ROOT / "env.py", snapshot)
+
+    def fetch(repo_id, revision, cache_dir):
+        assert (repo_id, revision, cache_dir) == ("someone/fast-libero", "abc123", tmp_path)
+        (snapshot / "common").symlink_to(ROOT / "common")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=fetch))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for _ in range(2):  # then it is all there
+        spec = importlib.util.spec_from_file_location("hub_env_someone_fast-libero", snapshot / "env.py")
+        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        assert module.make_env(n_envs=3, use_async_envs=False)["libero_10"][0].num_envs == 3 and sys.path[0] == str(snapshot)
 
 
 def test_lerobot_sees_what_the_datasets_hold(make):

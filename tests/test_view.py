@@ -200,7 +200,7 @@ def test_rerun(run, drawer_task, tmp_path, monkeypatch):
         patch.setitem(sys.modules, "rerun", None)
         view.main([run], out=tmp_path / "none.html", videos=False, rrd=True)
     assert not list(tmp_path.iterdir())
-    dataframe = pytest.importorskip("rerun.dataframe", reason="rerun-sdk is not installed")
+    dataframe = pytest.importorskip("rerun.dataframe", reason="needs rerun-sdk 0.26, whose reader newer ones lack")
     view.main([run], out=tmp_path / "page.html", videos=available()[0], size=64, rrd=True)
     recording = dataframe.load_recording(tmp_path / "page.rrd")
     assert recording.application_id() == "rl-data-engine"
