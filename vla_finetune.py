@@ -19,6 +19,7 @@ import dataclasses
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -39,7 +40,7 @@ from common.libero.renderers import Renderer, available, make_renderer
 from common.libero.step import NO_OP
 from common.metrics import wilson_interval
 from common.runs import Progress, versions, write_json
-from common.suites import expand
+from common.suites import base_suite, expand
 from common.video import write_video
 from common.vla_model import VLA, crop_side, digest, load_model, save_model
 from common.vla_training import Batches, Log, ReadError, SharedRun, TrainingArgs, autocast, distributed, prepare, rank, world_size
@@ -86,7 +87,7 @@ class Args(TrainingArgs):
 
     # Evaluation
     tasks: list[str] = dataclasses.field(default_factory=list)
-    """suites and tasks to evaluate on (default: the tasks of --data, else those that the checkpoint was trained on)"""
+    """suites, tasks, BDDL files and folders of them (default: the tasks of --data, else those that the checkpoint was trained on)"""
     eval_only: bool = False
     """no training: evaluate --checkpoint, or --policy, as it is"""
     policy: str | None = None
@@ -354,6 +355,30 @@ def make_videos(run: Path, task: Task, trials: list[Trial], count: int, renderer
         write_video(run / "videos" / name, camera.render(t.qpos)["agentview"])
 
 
+def by_suite(rows: list[dict]) -> dict[str, dict]:
+    """Success of each suite, with its 95 % Wilson interval."""
+    found = {}
+    for suite in dict.fromkeys(row["task"].split("/")[0] for row in rows):
+        mine = [row for row in rows if row["task"].split("/")[0] == suite]
+        successes, trials = sum(row["successes"] for row in mine), sum(row["trials"] for row in mine)
+        found[suite] = {"success_rate": successes / trials, "interval": wilson_interval(successes, trials), "tasks": len(mine)}
+        found[suite] |= {"successes": successes, "trials": trials}
+    return found
+
+
+def suites_table(rows: list[dict]) -> str:
+    """Markdown: a line a task, a column a suite; LIBERO-PRO's suites stand beside those that they perturb, by their tasks' names."""
+    suites, cells = by_suite(rows), {}
+    for row in rows:
+        suite, _, name = row["task"].partition("/")
+        base = base_suite(suite) or suite
+        cells.setdefault(f"{base}/{name.partition('@')[0]}", {})[suite] = f"{row['success_rate']:.0%}"
+    lines = [["task", *suites], ["---"] * (len(suites) + 1)]
+    lines += [[task, *(found.get(suite, "") for suite in suites)] for task, found in cells.items()]
+    lines.append(["all", *(f"{s['success_rate']:.0%} ({s['interval'][0]:.0%} to {s['interval'][1]:.0%})" for s in suites.values())])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 @dataclasses.dataclass
 class Subject:
     """What is evaluated: its policy for a task, what is checked before, and how pictures are drawn for it."""
@@ -385,14 +410,15 @@ def evaluate_tasks(args: Args, subject: Subject, tasks: list[str], run: Path, re
             progress.update(1, f"success {np.mean(outcomes):.0%}")
 
         simulator = {"backend": args.backend, "device": subject.device}
+        began = time.monotonic()
         trials = evaluate(task, policy, camera, args.trials, args.num_envs, args.replan, tick, **simulator)
-        row = summarise(task, trials) | {"prompt": policy.prompt}
+        row = summarise(task, trials) | {"prompt": policy.prompt, "seconds": time.monotonic() - began}
         make_videos(run, task, trials, args.videos, subject.renderer)
         rows.append(row)
         low, high = row["interval"]
         progress.say(f"{task.id}: success {row['success_rate']:.0%} ({low:.0%} to {high:.0%})")
         successes, total = sum(r["successes"] for r in rows), sum(r["trials"] for r in rows)
-        results |= {"success_rate": successes / total, "interval": wilson_interval(successes, total)}
+        results |= {"success_rate": successes / total, "interval": wilson_interval(successes, total), "suites": by_suite(rows)}
         write_json(run / "results.json", results)
 
 
@@ -402,11 +428,15 @@ def finish_evaluation(args: Args, subject: Subject, tasks: list[str], run: Share
     results |= {"protocol": protocol | {"backend": args.backend}, "versions": versions(), "renderer": subject.renderer}
     if (run.folder / "results.json").exists():
         found = json.loads((run.folder / "results.json").read_text())
-        results |= {name: found[name] for name in ("tasks", "success_rate", "interval", "conventions") if name in found}
+        kept = ("tasks", "success_rate", "interval", "suites", "conventions")
+        results |= {name: found[name] for name in kept if name in found}
     evaluate_tasks(args, subject, tasks, run.folder, results, run.progress)
     rows = [{name: value for name, value in row.items() if name != "outcomes"} for row in results["tasks"]]
     low, high = results["interval"]
     line = f"success {results['success_rate']:.1%} ({low:.1%} to {high:.1%}) over {len(rows)} tasks"
+    if len(results["suites"]) > 1:
+        (run.folder / "table.md").write_text(text := suites_table(rows))
+        run.progress.say(f"{text}\n(also in {run.folder / 'table.md'})")
     run.finish(results | {"tasks": rows}, line)
 
 

@@ -64,7 +64,7 @@ class Policy:
 
     def __call__(self, images: np.ndarray, proprio: np.ndarray, init_states: np.ndarray, steps: np.ndarray) -> np.ndarray:
         """Pictures (n, 2, H, W, 3) uint8, row 0 the top, proprioception (n, 8), init states and steps (n,) -> (n, chunk, 7) in [-1, 1]."""
-        views = _resize(images[:, :, :: self.turn[0], :: self.turn[1]], self.size)
+        views = resize(images[:, :, :: self.turn[0], :: self.turn[1]], self.size)
         observations = {"observation/image": views[:, 0], "observation/wrist_image": views[:, 1], "observation/state": proprio}
         observations |= {"prompt": [self.prompt] * len(images), "episode": init_states.copy(), "step": steps.copy()}
         actions = self._checked(self.answer(observations), len(images))
@@ -86,7 +86,7 @@ class Policy:
         return actions
 
 
-def _resize(pictures: np.ndarray, size: int) -> np.ndarray:
+def resize(pictures: np.ndarray, size: int) -> np.ndarray:
     """Square pictures (..., H, H, 3) uint8 at `size` pixels a side, bilinear with antialiasing, as Pillow does it."""
     from PIL import Image
 
@@ -97,7 +97,10 @@ def _resize(pictures: np.ndarray, size: int) -> np.ndarray:
 
 
 def instruction_of(task: Task) -> str:
-    """What published policies are told: the sentence in the file's name (docs/vla_finetune.md)."""
+    """What published policies are told: the sentence in the file's name (docs/vla_finetune.md); of a task of one's own that in the file,
+    as LIBERO-PRO reads it: its files perturb the sentence, not the name."""
+    if task.index < 0:
+        return task.language
     return re.sub(r"^[A-Z0-9_]+_SCENE\d+_", "", task.name).replace("_", " ")
 
 
@@ -171,8 +174,8 @@ class _Server:
             import websockets.sync.client
         except ImportError as error:
             raise UserError(f"a policy server needs {error.name}, which is not installed; run: {OPTIONAL}") from error
-        self.pack = functools.partial(msgpack.packb, default=_pack_array)
-        self.unpack = functools.partial(msgpack.unpackb, object_hook=_unpack_array)
+        self.pack = functools.partial(msgpack.packb, default=pack_array)
+        self.unpack = functools.partial(msgpack.unpackb, object_hook=unpack_array)
         self.failures = (OSError, ValueError, EOFError, websockets.exceptions.WebSocketException, msgpack.exceptions.UnpackException)
         self.threads, self.connections = ThreadPoolExecutor(connections), []
         try:
@@ -212,7 +215,7 @@ class _Server:
         self.threads.shutdown()
 
 
-def _pack_array(value):
+def pack_array(value):
     """msgpack of numpy arrays and numbers, as openpi's client and server write them."""
     if not isinstance(value, (np.ndarray, np.generic)) or value.dtype.kind not in "biufSU":
         raise ValueError(f"a {type(value).__name__} cannot be sent")
@@ -221,7 +224,7 @@ def _pack_array(value):
     return {b"__npgeneric__": True, b"data": value.item(), b"dtype": value.dtype.str}
 
 
-def _unpack_array(value: dict):
+def unpack_array(value: dict):
     if b"__ndarray__" in value:
         return np.frombuffer(value[b"data"], np.dtype(value[b"dtype"])).reshape(value[b"shape"])
     if b"__npgeneric__" in value:

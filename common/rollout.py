@@ -30,6 +30,7 @@ from common.libero.renderers import available, make_renderer
 from common.libero.tasks import find_human_demos
 from common.networks import CONVOLUTIONS, Normalizer, PixelEncoder, make_obs_encoder
 from common.runs import Progress, Run, choose_device, read_config, rng_state, set_rng_state, versions
+from common.suites import canonical
 from common.video import write_video
 
 # Observations (as the environment returns them), patterns (N,) -> actions (N, 7). A policy that remembers (that is amid a chunk of
@@ -45,7 +46,7 @@ class JobArgs:
     """Flags that the RL scripts share: the task, where to run, demonstrations, and what is rolled out in the end."""
 
     task: str = "libero_90/KITCHEN_SCENE1_put_the_black_bowl_on_the_plate"
-    """a LIBERO task: suite/index, suite/name, or any part of a name that is unique"""
+    """a LIBERO task: suite/index, suite/name, or any part of a name that is unique; or your own: path/to/task.bddl"""
     assets: str | None = None
     """a folder, libero (its own or none) or standin (default: $LIBERO_ASSETS, else LIBERO's own, else stand-ins)"""
     seed: Annotated[int, Range(0)] = 1
@@ -114,6 +115,7 @@ class JobArgs:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        self.task = canonical(self.task)
 
 
 class Job:

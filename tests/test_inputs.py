@@ -21,6 +21,7 @@ from gymnasium.vector import AutoresetMode
 from test_data import TASK, episode
 
 from benchmarks import bad_inputs
+from common import suites
 from common.cli import Range, UserError
 from common.data import check_file, read_attrs, read_episodes, write_episodes
 from common.data.vla import read_corpora
@@ -238,7 +239,8 @@ def test_no_loader_runs_what_is_in_a_file(tmp_path, monkeypatch, protocol):
     torch.save({"script": "vla", "model": trap}, archive)
     states = tmp_path / "init_files" / "libero_goal" / "open_the_middle_drawer_of_the_cabinet.pruned_init"
     states.parent.mkdir(parents=True)
-    monkeypatch.setattr(original, "libero_root", lambda: tmp_path)
+    assert task_names()  # read before
+    monkeypatch.setattr(suites, "libero_root", lambda: tmp_path)
     file = tmp_path / "file"
     for content in (plain, archive.getvalue()):
         file.write_bytes(content)
@@ -263,7 +265,8 @@ def test_no_loader_runs_what_is_in_a_file(tmp_path, monkeypatch, protocol):
 def test_init_states_are_finite_numbers_of_one_shape(tmp_path, monkeypatch):
     states = tmp_path / "init_files" / "libero_goal" / "open_the_middle_drawer_of_the_cabinet.pruned_init"
     states.parent.mkdir(parents=True)
-    monkeypatch.setattr(original, "libero_root", lambda: tmp_path)
+    assert task_names()  # read before
+    monkeypatch.setattr(suites, "libero_root", lambda: tmp_path)
     torch.save(np.zeros((50, 9)), states)
     assert original.official_init_states("libero_goal", 0).shape == (50, 9)
     whole = states.read_bytes()

@@ -49,7 +49,7 @@ def test_pictures_are_made_smaller_with_antialiasing():
     """A chequerboard of single pixels becomes grey; without antialiasing it would stay black and white."""
     board = np.zeros((1, 2, 256, 256, 3), np.uint8)
     board[..., ::2, ::2, :] = board[..., 1::2, 1::2, :] = 255
-    small = policies._resize(board, 64)
+    small = policies.resize(board, 64)
     assert small.shape == (1, 2, 64, 64, 3) and np.abs(small.astype(int) - 127).max() <= 4
 
 
@@ -84,7 +84,7 @@ def test_instructions_are_those_of_published_evaluations():
     from libero.libero.benchmark import grab_language_from_filename
 
     class Named:
-        pass
+        index = 0
 
     for names in task_names().values():
         for Named.name in names:
@@ -292,3 +292,16 @@ def test_from_a_function_to_results(tmp_path, monkeypatch, drawer_task, official
 def test_flags_that_cannot_work(flags, message, monkeypatch):
     with pytest.raises(UserError, match=message):
         run_main(monkeypatch, vla_finetune, *flags)
+
+
+def test_what_the_benchmark_reports():
+    """Episodes an hour by hand; and its policy, which a callable and a server are asked alike."""
+    from benchmarks.policies import act, table
+
+    rows = {"callable": {"episodes": 200, "seconds": 360.0}, "usual loop": {"episodes": 2, "seconds": 72.0}}
+    lines = table(rows).splitlines()
+    assert lines[2] == "| callable | 200 | 360 | 2000 | 20.0 x |" and lines[3] == "| usual loop | 2 | 72 | 100 | 1.0 x |"
+    images, proprio, episodes, steps = asked(3)
+    together = Policy(act, "it", "do it", 5, size=8)(images, proprio, episodes, steps)
+    each = [Policy(act, "it", "do it", 5, size=8)(images[i : i + 1], proprio[i : i + 1], episodes[:1], steps[:1])[0] for i in range(3)]
+    np.testing.assert_array_equal(together, each)

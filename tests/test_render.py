@@ -192,8 +192,9 @@ def test_without_the_gl_library_that_is_asked_for(tmp_path, gl):
         from common.libero import build
         from common.libero.renderers import available, make_renderer
         from common.libero.standins import standin_assets
+        from common.suites import find_task
         build.NUM_TRAIN_STATES = 1
-        task = build.build_task("libero_goal", 0, standin_assets())
+        task = build.build_task(find_task("libero_goal/0"), standin_assets())
         picture = make_renderer(task.model, ("agentview",), 16, 16).render(task.train_states[:, 1 : 1 + task.model.nq])["agentview"]
         print(picture.shape, available()[0], available("gl"))
     """

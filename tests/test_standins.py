@@ -53,11 +53,11 @@ def build_tasks(folder: Path, task_ids, assets: str) -> dict[str, tasks.Task]:
         from pathlib import Path
         from common.libero import build, tasks
         from common.libero.assets import find_assets
-        from common.suites import resolve
+        from common.suites import find_task
         build.NUM_TRAIN_STATES = 2
         assets = find_assets(sys.argv[1])
         for task_id, path in zip(sys.argv[2::2], sys.argv[3::2]):
-            tasks.write_task(Path(path), build.build_task(*resolve(task_id), assets))
+            tasks.write_task(Path(path), build.build_task(find_task(task_id), assets))
     """
     paths = {task_id: folder / f"{task_id.replace('/', '-')}.npz" for task_id in task_ids}
     arguments = [str(x) for pair in paths.items() for x in pair]

@@ -15,12 +15,13 @@ import mujoco
 import numpy as np
 import pytest
 
+from common import suites
 from common.cli import UserError
 from common.demos.cache import cache_file as kept_file
-from common.libero import load_task, original, store, tasks
+from common.libero import load_task, store, tasks
 from common.libero.assets import find_assets
 from common.libero.original import official_init_states
-from common.suites import SUITES, resolve, task_names
+from common.suites import SUITES, find_task, libero_root, resolve, task_names
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,7 +41,7 @@ def test_all_130_tasks_have_names():
     for suite, names in task_names().items():
         for index, name in enumerate(names):
             assert resolve(f"{suite}/{name}") == resolve(f"{suite}/{index}") == (suite, index)
-            assert original.bddl_file(suite, index).exists()
+            assert find_task(f"{suite}/{index}").bddl.exists()
 
 
 @pytest.mark.parametrize(
@@ -84,9 +85,9 @@ def test_resolve_errors(task_id, message):
 def test_damaged_cache_and_two_builders(standin_task, tmp_path, monkeypatch):
     """Two processes find a truncated cache entry at once: both rebuild it, both get the task, one good file remains."""
     good = standin_task
-    whole = tasks.cache_file("libero_goal", 7, find_assets("standin")).read_bytes()
+    whole = tasks.cache_file(find_task("libero_goal/7"), find_assets("standin")).read_bytes()
     monkeypatch.setenv("RL_DATA_ENGINE_CACHE", str(tmp_path))
-    path = tasks.cache_file("libero_goal", 7, find_assets("standin"))
+    path = tasks.cache_file(find_task("libero_goal/7"), find_assets("standin"))
     assert path.is_relative_to(tmp_path)
     path.parent.mkdir(parents=True)
     path.write_bytes(whole[: len(whole) // 2])
@@ -103,7 +104,7 @@ def test_damaged_cache_and_two_builders(standin_task, tmp_path, monkeypatch):
 
 def test_flipped_byte_is_noticed(assets, tmp_path):
     load_task("libero_goal/7", assets)
-    content = bytearray(tasks.cache_file("libero_goal", 7, find_assets(assets)).read_bytes())
+    content = bytearray(tasks.cache_file(find_task("libero_goal/7"), find_assets(assets)).read_bytes())
     content[len(content) // 3] ^= 0xFF
     (tmp_path / "flipped.npz").write_bytes(content)
     with pytest.raises((zipfile.BadZipFile, zlib.error)):
@@ -139,24 +140,29 @@ def test_meshes_are_kept_once(tmp_path, monkeypatch):
         store.load(rest, names)
 
 
+def files_of(task_id: str) -> tuple[Path, Path]:
+    files = find_task(task_id)
+    return files.bddl, files.init_states
+
+
 def test_what_the_key_covers(assets, tmp_path, monkeypatch):
     """An edited BDDL file, other init states, other assets or another MuJoCo: another cache entry."""
     root = tmp_path / "libero"
-    for file in (original.bddl_file("libero_goal", 7), original.init_states_file("libero_goal", 7)):
-        copy = root / file.relative_to(original.libero_root())
+    for file in files_of("libero_goal/7"):
+        copy = root / file.relative_to(libero_root())
         copy.parent.mkdir(parents=True)
         shutil.copy(file, copy)
     folder = find_assets(assets)
-    keys = [tasks.cache_file("libero_goal", 7, folder)]
-    monkeypatch.setattr(original, "libero_root", lambda: root)
-    assert tasks.cache_file("libero_goal", 7, folder) == keys[0]  # the content counts
-    for file in (original.bddl_file("libero_goal", 7), original.init_states_file("libero_goal", 7)):
+    keys = [tasks.cache_file(find_task("libero_goal/7"), folder)]
+    monkeypatch.setattr(suites, "libero_root", lambda: root)
+    assert tasks.cache_file(find_task("libero_goal/7"), folder) == keys[0]  # the content counts
+    for file in files_of("libero_goal/7"):
         file.write_bytes(file.read_bytes() + b"\n")
-        keys.append(tasks.cache_file("libero_goal", 7, folder))
+        keys.append(tasks.cache_file(find_task("libero_goal/7"), folder))
     monkeypatch.setattr(tasks, "asset_names", lambda folder: ("libero:0", "libero:0-0"))
-    keys.append(tasks.cache_file("libero_goal", 7, folder))
+    keys.append(tasks.cache_file(find_task("libero_goal/7"), folder))
     monkeypatch.setattr(tasks.mujoco, "__version__", "3.3.7")
-    keys.append(tasks.cache_file("libero_goal", 7, folder))
+    keys.append(tasks.cache_file(find_task("libero_goal/7"), folder))
     assert len(set(keys)) == 5
 
 
@@ -225,7 +231,7 @@ def test_official_init_states(drawer_task):
 
 def test_init_states_are_torch_s():
     torch = pytest.importorskip("torch")
-    path = original.init_states_file("libero_goal", 0)
+    path = find_task("libero_goal/0").init_states
     np.testing.assert_array_equal(official_init_states("libero_goal", 0), torch.load(path, weights_only=False))
 
 
@@ -238,7 +244,8 @@ def test_init_states_are_read_without_running_code(tmp_path, monkeypatch):
 
     path = tmp_path / "init_files" / "libero_goal" / "open_the_middle_drawer_of_the_cabinet.pruned_init"
     path.parent.mkdir(parents=True)
-    monkeypatch.setattr(original, "libero_root", lambda: tmp_path)
+    assert task_names()  # read before
+    monkeypatch.setattr(suites, "libero_root", lambda: tmp_path)
     torch.save(Evil(), path)
     with pytest.raises(UserError, match="mkdir has no place"):
         official_init_states("libero_goal", 0)

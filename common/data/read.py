@@ -25,6 +25,7 @@ from common.data.layout import (
     unreadable,
 )
 from common.data.understand import Source, is_state, understand
+from common.suites import remember_task
 
 UNTOLD = "neither rewards nor attributes say whether the task was done: taken to be"
 _JUDGED = "where neither rewards nor attributes say whether the task was done, LIBERO's goal on the last state does"
@@ -85,6 +86,7 @@ def episodes_of(source: Source, images: bool) -> Iterator[Episode]:
 def read_attrs(path: str | os.PathLike) -> dict[str, Any]:
     """The attributes on `data` as Python values: LIBERO's (JSON parsed, bddl_file_name without its folder) and ours.
 
+    A task of one's own that the file brings along is known from then on (`common.suites.remember_task`).
     Raises UserError if the file can't be opened or has no such group.
     """
     try:
@@ -98,6 +100,10 @@ def read_attrs(path: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"{path}: {error}") from None
     except DAMAGE as error:
         raise UserError(f"{path}: {unreadable(error)}") from None
+    try:
+        remember_task(attrs)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     if "bddl_file_name" in attrs:
         attrs["bddl_file_name"] = base_name(attrs["bddl_file_name"])
     return attrs

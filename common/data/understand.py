@@ -40,7 +40,7 @@ from common.data.layout import (
     python_value,
     unreadable,
 )
-from common.suites import SUITES, instruction, task_names
+from common.suites import SUITES, instruction, remember_task, task_names
 
 CLIPPED = 2.0  # actions up to this are clipped to 1, as LIBERO's controller does; beyond it they are of another scale
 NO_OP = 1e-4  # of the first six numbers of an action, the norm below which they count as no motion (OpenVLA's)
@@ -208,6 +208,9 @@ def _find_task(source: Source, task, notes: list[str]) -> None:
     except UserError:  # LIBERO is not installed
         homes = []
     source.suite = max(homes, key=parent.startswith, default=None)
+    if "@" in stem and told is not None:  # of one's own
+        remember_task(attrs)
+        source.suite = parent or None
     source.name = stem if homes or told is not None else None
     wanted = None if task is None else base_name(task.bddl_file).removesuffix(".bddl")
     if wanted and source.name not in (None, wanted):
@@ -222,7 +225,7 @@ def _find_task(source: Source, task, notes: list[str]) -> None:
         source.language = "".join(said).strip('"')
     elif task is not None:
         source.language = task.language
-    elif source.suite:
+    elif source.suite in SUITES:
         source.language = instruction(source.suite, task_names()[source.suite].index(source.name))
 
 

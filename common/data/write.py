@@ -20,6 +20,7 @@ from common.data.check import array_problems, final_state_problems, state_width
 from common.data.layout import DATA_ATTRS, DEMO_ATTRS, PROPRIO, TAG, Episode, as_text, demo_names, environment_fault, opened, picture_sizes
 from common.data.read import read_episode
 from common.data.understand import understand
+from common.suites import task_attrs
 
 _GZIP = 4  # of pictures
 _ASSET_FOLDERS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "textures", "turbosquid_objects")
@@ -48,9 +49,10 @@ _OSC_POSE = {
 def write_episodes(path: str | os.PathLike, episodes: Iterable[Episode], task, attrs: Mapping[str, Any]) -> None:
     """Write episodes of one task to `path`, whole or not at all. A generator will do: they are written one by one.
 
-    `task` has bddl_file, problem_name, language, name and xml. `attrs` (script, mujoco, assets, renderer, ...: numbers
-    and strings) go beside LIBERO's own on `data`. A failed episode (success False) ends in reward 0 instead of 1. An
-    episode's attribute model_file, if it has one, is the XML of its own scene; else it is the task's.
+    `task` has bddl_file, problem_name, language, name and xml; one of one's own is brought along (`common.suites.task_attrs`).
+    `attrs` (script, mujoco, assets, renderer, ...: numbers and strings) go beside LIBERO's own on `data`. A failed episode (success
+    False) ends in reward 0 instead of 1. An episode's attribute model_file, if it has one, is the XML of its own scene; else it is the
+    task's.
     Raises UserError if there is no episode, or one does not fit the layout (NaN, actions outside [-1, 1], ...).
     """
     if clash := sorted(set(attrs) & {*DATA_ATTRS, "tag", "task"}):
@@ -75,7 +77,7 @@ def write_episodes(path: str | os.PathLike, episodes: Iterable[Episode], task, a
         if not count:
             raise UserError(f"{path} is not written: there is no episode to write")
         height, width = next(iter((image_shapes or {}).values()), (128, 128))
-        data.attrs.update(_libero_attrs(task, height, width))
+        data.attrs.update(_libero_attrs(task, height, width) | task_attrs(task))
         data.attrs.update({"num_demos": count, "total": total, "tag": TAG, "task": task.name, **attrs})
 
 

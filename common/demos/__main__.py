@@ -14,7 +14,7 @@ from tqdm import tqdm
 from common.cli import Count, NotNegative, UserError, check_ranges, run_command, usable_cores
 from common.demos.collection import make_file
 from common.libero.env import share_cores
-from common.suites import SUITES, resolve, task_names
+from common.suites import SUITES, expand, find_task
 
 
 @dataclasses.dataclass
@@ -27,7 +27,7 @@ class Args:
     out: Path
     """folder to write to"""
     task: str | None = None
-    """task id: suite/index, suite/name, or any part of a name that is unique"""
+    """task: suite/index, suite/name, any part of a name that is unique, or a BDDL file of your own"""
     suite: str | None = None
     """all tasks of a suite instead"""
     episodes: Count = 50
@@ -49,8 +49,8 @@ def main() -> None:
     if args.suite is not None and args.suite not in SUITES:
         raise UserError(f"unknown suite {args.suite!r}; suites are {', '.join(SUITES)}")
     check_ranges(args)
-    tasks = [resolve(args.task)] if args.task else [(args.suite, i) for i in range(len(task_names()[args.suite]))]
-    paths = {f"{suite}/{i}": args.out / suite / f"{task_names()[suite][i]}_demo.hdf5" for suite, i in tasks}
+    tasks = [find_task(task_id) for task_id in ([args.task] if args.task else expand([args.suite]))]
+    paths = {task.id: args.out / task.suite / f"{task.name}_demo.hdf5" for task in tasks}
     how = args.episodes, args.seed, args.noise, args.num_envs, args.assets
     if args.task:
         ((task_id, path),) = paths.items()

@@ -16,15 +16,16 @@ import tyro
 
 from common.cli import UserError, atomic_path, cache_dir, run_command
 from common.libero.assets import asset_names, find_assets
-from common.libero.original import bddl_file, construct_libero_env, import_libero, official_init_states
-from common.libero.tasks import ObjectInfo, Predicate, SiteInfo, Task, cache_file, resolve, task_names, write_task
+from common.libero.original import construct_libero_env, import_libero
+from common.libero.tasks import ObjectInfo, Predicate, SiteInfo, Task, cache_file, write_task
+from common.suites import NUM_INIT_STATES, TaskFiles, find_task, read_init_states
 
 NUM_TRAIN_STATES = 256  # pre-sampled training resets a task
 TEXTURE_SIZE = 256  # pixels; LIBERO's full textures make 90 to 220 MB a model and change no physics
 
 
-def build_task(suite: str, index: int, folder: Path) -> Task:
-    """Compile a task through LIBERO and robosuite, and sample its training resets."""
+def build_task(files: TaskFiles, folder: Path) -> Task:
+    """Compile a task through LIBERO and robosuite, and sample its training resets and, where no file holds them, its init states."""
     import_libero(folder)
     from robosuite.environments.base import MujocoEnv
 
@@ -35,7 +36,7 @@ def build_task(suite: str, index: int, folder: Path) -> Task:
         initialize(self, xml_string)
 
     with mock.patch.object(MujocoEnv, "_initialize_sim", initialize_small):  # LIBERO compiles its model while it is constructed
-        env = construct_libero_env(suite, index, folder)
+        env = construct_libero_env(files, folder)
         domain = env.env
         env.seed(0)
         env.reset()  # rebuilds the model: this is the one we keep, laid out as `libero_env` does
@@ -45,14 +46,21 @@ def build_task(suite: str, index: int, folder: Path) -> Task:
     sites = _sites(domain, model, objects)
     robot = domain.robots[0]
     assets, image_assets = asset_names(folder)
+    train_states = _sample_states(domain, model, 1, NUM_TRAIN_STATES)
+    if files.init_states is None:
+        init_states = _sample_states(domain, model, 0, NUM_INIT_STATES)
+    else:
+        init_states = read_init_states(files.init_states)
+    if init_states.shape[1:] != train_states.shape[1:]:
+        raise UserError(f"its init states have {init_states.shape[1]} numbers each, and a state of its scene has {train_states.shape[1]}")
     return Task(
-        suite=suite,
-        index=index,
-        name=task_names()[suite][index],
+        suite=files.suite,
+        index=files.index,
+        name=files.name,
         language=env.language_instruction,
         problem_name=env.problem_name,
-        bddl_file=str(bddl_file(suite, index)),
-        bddl=bddl_file(suite, index).read_text(),
+        bddl_file=str(files.bddl),
+        bddl=files.bddl.read_text(),
         xml=xml,
         assets=assets,
         image_assets=image_assets,
@@ -70,8 +78,8 @@ def build_task(suite: str, index: int, folder: Path) -> Task:
         gripper_actuators=[int(i) for i in robot._ref_joint_gripper_actuator_indexes],
         initial_joints=[float(q) for q in robot.controller.initial_joint],
         model=model,
-        init_states=official_init_states(suite, index),
-        train_states=_sample_train_states(domain, model),
+        init_states=init_states,
+        train_states=train_states,
     )
 
 
@@ -186,8 +194,8 @@ def _joint_predicate(domain, name, arg, objects, sites, model) -> Predicate:
     )
 
 
-def _sample_train_states(domain, model) -> np.ndarray:
-    """Draw resets from LIBERO's placement distribution, arm noise included (0.02 rad, as in the official states).
+def _sample_states(domain, model, seed: int, count: int) -> np.ndarray:
+    """Draw `count` resets from LIBERO's placement distribution, arm noise included (0.02 rad, as in the official states).
 
     A reset also jitters fixtures by writing into the model. As with the official init states, only (time, qpos, qvel) is
     kept, so the fixtures stay where `env.seed(0)` put them. What starts in or on a fixture is placed relative to the fixture's
@@ -203,8 +211,8 @@ def _sample_train_states(domain, model) -> np.ndarray:
     # and indices that have not changed.
     domain.robots[0]._load_controller = domain._setup_references = lambda: None
     states = []
-    np.random.seed(1)
-    while len(states) < NUM_TRAIN_STATES:
+    np.random.seed(seed)
+    while len(states) < count:
         try:
             domain.sim.reset()
             for body, element in homes.items():
@@ -225,18 +233,17 @@ def main(task: str, assets: str | None = None) -> None:
     """Compile one task into the cache, whether or not it is there.
 
     Args:
-        task: suite/index, suite/name, or any part of a name that is unique.
+        task: see `common.suites.find_task`.
         assets: a folder, libero or standin (default: as everywhere).
     """
-    suite, index = resolve(task)
-    folder = find_assets(assets)
+    files, folder = find_task(task), find_assets(assets)
     with open(os.devnull, "w") as null:
         out, sys.stdout = sys.stdout, null  # LIBERO and robosuite print
         try:
-            built = build_task(suite, index, folder)
+            built = build_task(files, folder)
         finally:
             sys.stdout = out
-    write_task(cache_file(suite, index, folder), built)
+    write_task(cache_file(files, folder), built)
 
 
 if __name__ == "__main__":

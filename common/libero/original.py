@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import codecs
 import hashlib
-import io
 import logging
 import os
-import pickle
 import sys
 import types
-import zipfile
 from pathlib import Path
 
 import mujoco
@@ -18,7 +14,7 @@ import numpy as np
 
 from common.cli import UserError, atomic_path, cache_dir
 from common.libero.assets import find_assets
-from common.suites import libero_root, resolve, task_names
+from common.suites import LIBERO_PRO, TaskFiles, find_task, libero_root, read_init_states
 
 
 def import_libero(assets: Path | None):
@@ -90,48 +86,42 @@ def libero_env(task_id: str, assets: str | None = None, **kwargs):
     Its layout is that of the usual evaluation: constructed, seeded with 0, reset once. (Fixture poses are drawn from
     numpy's global generator and written into the model; every further reset draws others.)
     """
-    suite, index = resolve(task_id)
-    env = construct_libero_env(suite, index, find_assets(assets), **kwargs)
+    env = construct_libero_env(find_task(task_id), find_assets(assets), **kwargs)
     env.seed(0)
     env.reset()
     return env
 
 
-def construct_libero_env(suite: str, index: int, folder: Path, **kwargs):
+def construct_libero_env(files: TaskFiles, folder: Path, **kwargs):
     kwargs = {"use_camera_obs": False, "has_offscreen_renderer": False, **kwargs}
-    return import_libero(folder)(bddl_file_name=str(bddl_file(suite, index)), **kwargs)
+    control_env = import_libero(folder)
+    if files.index < 0:
+        _register_libero_pro(folder)
+    return control_env(bddl_file_name=str(files.bddl), **kwargs)
+
+
+def _register_libero_pro(folder: Path) -> None:
+    """Have LIBERO know LIBERO-PRO's objects: its own classes, with files of another name. Those that the assets lack stay unknown."""
+    from libero.libero.envs.base_object import OBJECTS_DICT, VISUAL_CHANGE_OBJECTS_DICT
+
+    for category, like in LIBERO_PRO.items():
+        if category in OBJECTS_DICT or not any(folder.glob(f"*/{category}.xml")) and not any(folder.glob(f"*/{category}/{category}.xml")):
+            continue
+        cls = OBJECTS_DICT[like]
+
+        def __init__(self, name=category, obj_name=category, cls=cls, **kwargs):
+            cls.__init__(self, name=name, obj_name=obj_name, **kwargs)
+
+        named = "".join(word.capitalize() for word in category.split("_"))  # the category that robosuite's sensors report comes from it
+        OBJECTS_DICT[category] = type(named, (cls,), {"__init__": __init__})
+        if like in VISUAL_CHANGE_OBJECTS_DICT:
+            VISUAL_CHANGE_OBJECTS_DICT[category] = OBJECTS_DICT[category]
 
 
 def bddl_file(suite: str, index: int) -> Path:
-    return libero_root() / "bddl_files" / suite / f"{task_names()[suite][index]}.bddl"
-
-
-def init_states_file(suite: str, index: int) -> Path:
-    return libero_root() / "init_files" / suite / f"{task_names()[suite][index]}.pruned_init"
+    return find_task(f"{suite}/{index}").bddl
 
 
 def official_init_states(suite: str, index: int) -> np.ndarray:
-    """LIBERO's init states, (50, 1 + nq + nv): a pickle as torch writes it, read without torch by a loader that admits numpy arrays only.
-
-    UserError if it is anything else.
-    """
-    path = init_states_file(suite, index)
-    try:
-        with zipfile.ZipFile(path) as file:
-            (name,) = (n for n in file.namelist() if n.endswith("/data.pkl"))
-            states = np.asarray(_ArrayUnpickler(io.BytesIO(file.read(name))).load(), np.float64)
-        if states.ndim != 2 or not len(states) or not np.isfinite(states).all():
-            raise ValueError(f"an array of shape {states.shape}, not rows of finite numbers")
-    except Exception as error:  # of many kinds, from damaged and foreign files
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        install = "pip install --no-deps --force-reinstall -r requirements-libero.txt"
-        raise UserError(f"{path} is no file of init states ({reason}); install LIBERO again: {install}") from error
-    return states
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str):
-        admitted = {"_reconstruct": np._core.multiarray._reconstruct, "ndarray": np.ndarray, "dtype": np.dtype, "encode": codecs.encode}
-        if module.partition(".")[0] in ("numpy", "_codecs") and name in admitted:
-            return admitted[name]
-        raise pickle.UnpicklingError(f"{module}.{name} has no place among init states")
+    """LIBERO's init states, (50, 1 + nq + nv), read without running what is in the file; UserError if it is anything else."""
+    return read_init_states(find_task(f"{suite}/{index}").init_states)

@@ -28,8 +28,7 @@ from common.cli import UserError, atomic_path, cache_dir
 from common.data import read_attrs
 from common.libero import store
 from common.libero.assets import asset_names, assets_like, find_assets
-from common.libero.original import bddl_file, init_states_file
-from common.suites import MAX_STEPS, libero_root, resolve, task_names
+from common.suites import TaskFiles, find_task, keep_init_states, libero_root, max_steps
 
 MUJOCO_FIRST, MUJOCO_END = (3, 3, 7), (5, 0, 0)
 
@@ -86,7 +85,7 @@ class Task:
     """A compiled task. States are (time, qpos, qvel) rows of 1 + nq + nv float64, as LIBERO writes them."""
 
     suite: str
-    index: int
+    index: int  # in LIBERO's suite; -1 for a task of one's own
     name: str
     language: str
     problem_name: str
@@ -109,7 +108,7 @@ class Task:
     gripper_actuators: list[int]
     initial_joints: list[float]  # the arm's reset pose (rad), toward which the null space is controlled
     model: mujoco.MjModel
-    init_states: np.ndarray  # (50, 1 + nq + nv), official, for evaluation
+    init_states: np.ndarray  # (50, 1 + nq + nv), official, for evaluation; of one's own: from its file (50 at most), else drawn
     train_states: np.ndarray  # (256, 1 + nq + nv), from LIBERO's placement distribution
 
     @property
@@ -118,7 +117,7 @@ class Task:
 
     @property
     def max_steps(self) -> int:
-        return MAX_STEPS[self.suite]
+        return max_steps(self.suite)
 
 
 # ---------------------------------------------------------------------------------------------- which task, which assets
@@ -145,21 +144,24 @@ def require_mujoco() -> None:
         )
 
 
-def cache_file(suite: str, index: int, folder: Path) -> Path:
-    """Where a compiled task is kept: the key covers the task's files in LIBERO, the versions, the assets and the code that compiles it."""
+def cache_file(files: TaskFiles, folder: Path) -> Path:
+    """Where a compiled task is kept: the key covers the task's files, the versions, the assets and the code that compiles it."""
     versions = [mujoco.__version__, *(importlib.metadata.version(p) for p in ("robosuite", "hf-libero", "bddl"))]
     sources = [Path(__file__).with_name(f"{name}.py") for name in ("tasks", "build", "original", "store")]
     digest = hashlib.sha256(repr((versions, asset_names(folder))).encode())
-    for path in (*sources, bddl_file(suite, index), init_states_file(suite, index)):
+    # Of a task of one's own the init states are named after, or drawn from, what is in the BDDL file: its name has a digest.
+    given = (files.bddl, files.init_states) if files.index >= 0 else (files.bddl,)
+    for path in (*sources, *given):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return cache_dir() / "tasks" / f"{suite}-{index:02d}-mujoco{mujoco.__version__}-{digest.hexdigest()[:12]}.npz"
+    name = f"{files.index:02d}" if files.index >= 0 else files.name[-40:]
+    return cache_dir() / "tasks" / f"{files.suite}-{name}-mujoco{mujoco.__version__}-{digest.hexdigest()[:12]}.npz"
 
 
 def load_task(task_id: str, assets: str | None = None, made_on: str | None = None, file: object = "the file") -> Task:
     """Load a task, compiling it (some seconds) if the cache has no good copy.
 
     Args:
-        task_id: see `resolve`.
+        task_id: LIBERO's (suite/index, suite/name, any part of a name that is unique), a BDDL file, or its id; see `find_task`.
         assets: LIBERO's asset folder, "libero" or "standin", see `find_assets`.
         made_on: the assets (`Task.assets`) of a file that the task is loaded for: without `assets`, assets of that kind are taken.
         file: what to call that file.
@@ -168,8 +170,7 @@ def load_task(task_id: str, assets: str | None = None, made_on: str | None = Non
         UserError: unknown or ambiguous task, missing or broken assets, others than `made_on`, an unknown MuJoCo.
     """
     require_mujoco()
-    suite, index = resolve(task_id)
-    task = _load(suite, index, find_assets(assets_like(made_on, assets)))
+    task = _load(find_task(task_id), find_assets(assets_like(made_on, assets)))
     if made_on not in (None, "unknown", task.assets):
         raise UserError(f"{file} was made on assets {made_on}, and those here are {task.assets}; name its own with --assets")
     return task
@@ -182,27 +183,30 @@ def load_task_of(path: str | os.PathLike, assets: str | None = None) -> Task:
     """
     attrs = read_attrs(path)
     try:
-        resolve(task_id := attrs["bddl_file_name"].removesuffix(".bddl"))
+        find_task(task_id := attrs["bddl_file_name"].removesuffix(".bddl"))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return load_task(task_id, assets, attrs.get("assets"), path)
 
 
-def _load(suite: str, index: int, folder: Path) -> Task:
-    path = cache_file(suite, index, folder)
+def _load(files: TaskFiles, folder: Path) -> Task:
+    path = cache_file(files, folder)
     try:
         return _read_task(path)
     except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error, mujoco.FatalError) as error:
         if path.exists():
             logging.getLogger(__name__).warning("cache entry %s is damaged (%s): building it again", path.name, error)
     # A process of its own, because importing robosuite changes numpy's global generator and more.
-    arguments = [sys.executable, "-m", "common.libero.build", "--task", f"{suite}/{index}", "--assets", str(folder)]
+    arguments = [sys.executable, "-m", "common.libero.build", "--task", files.id, "--assets", str(folder)]
     root = Path(__file__).resolve().parents[2]
     result = subprocess.run(arguments, cwd=root, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if result.returncode != 0 or not path.exists():
         reason = (result.stderr.strip() or result.stdout.strip() or "no output").splitlines()[-1]
-        raise UserError(f"{suite}/{task_names()[suite][index]} does not build from {folder}: {reason.removeprefix('error: ')}")
-    return _read_task(path)
+        raise UserError(f"{files.id} does not build from {folder}: {reason.removeprefix('error: ')}")
+    task = _read_task(path)
+    if files.index < 0:
+        keep_init_states(files, task.init_states)
+    return task
 
 
 def _read_task(path: Path) -> Task:

@@ -24,7 +24,7 @@ import tyro
 
 from common.cli import Count, Positive, PositiveOrInf, Range, UserError, check_ranges, lock, remove_leftovers, run_command
 from common.runs import Progress, write_json
-from common.suites import MAX_STEPS, SUITES, expand
+from common.suites import SUITES, expand, max_steps
 from common.sweep import report
 from common.sweep.jobs import ROOT, Cluster, Job, Machine
 
@@ -73,7 +73,7 @@ def make_jobs(args: Args, settings: dict, out: Path, cores: int) -> list[Job]:
 
 def estimate(jobs: list[Job]):
     """A function that tells how many seconds a whole run takes, by those that are done; before any is, by its suite's step cap."""
-    took, caps = collections.defaultdict(list), {job: float(MAX_STEPS[job.task.split("/")[0]]) for job in jobs}
+    took, caps = collections.defaultdict(list), {job: float(max_steps(job.task.split("/")[0])) for job in jobs}
     for job in jobs:
         if job.done:
             took[job.task].append(job.seconds)

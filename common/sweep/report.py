@@ -149,7 +149,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def suites_table(rows: list[dict]) -> str:
     """Means over tasks, seeds averaged before, with the interval over tasks."""
     lines = []
-    for suite in [s for s in SUITES if any(row["suite"] == s for row in rows)]:
+    found = {row["suite"] for row in rows}
+    for suite in [*(s for s in SUITES if s in found), *sorted(found - set(SUITES))]:
         mine = [row for row in rows if row["suite"] == suite]
         done = [row for row in mine if row["state"] == "done"]
         failed = sum(row["state"] == "failed" for row in mine)
