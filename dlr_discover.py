@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import cdist
+from scipy.special import log_softmax
 from torch import nn
 from torch.distributions import Categorical, Normal
 
@@ -152,28 +153,15 @@ class PatternEncoder(nn.Module):
 
     def __init__(self, obs_size: int, num_patterns: int, hidden: int = 128):
         super().__init__()
-        self.num_patterns, self.normalizer = num_patterns, Normalizer(obs_size)
+        self.normalizer = Normalizer(obs_size)
         self.net = mlp([obs_size, hidden, hidden, num_patterns], out_std=0.01)
-
-    def keep(self, patterns: np.ndarray) -> None:
-        """Forget all other patterns; these are numbered anew."""
-        last, self.num_patterns = self.net[-1], len(patterns)
-        last.weight, last.bias = (nn.Parameter(p[patterns], requires_grad=p.requires_grad) for p in (last.weight, last.bias))
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         """(..., obs_size) -> (..., K) log q(z | s)."""
         return torch.log_softmax(self.net(self.normalizer(obs)), dim=-1)
 
-    @torch.no_grad()
-    def log_posterior(self, paths: np.ndarray) -> np.ndarray:
-        """(N, points, obs_size), trajectories given by `along_path` -> (N, K) log q(z | tau), the product of the states' experts."""
-        return self(torch.as_tensor(paths)).sum(1).log_softmax(-1).numpy()
 
-    def recognise(self, paths: np.ndarray) -> np.ndarray:
-        """The patterns, (N,), of trajectories given by `along_path`, (N, points, obs_size): argmax_z sum_t log q(z | s_t)."""
-        return self.log_posterior(paths).argmax(1)
-
-
+@dataclasses.dataclass
 class StateDecoder:
     """p_psi(s | z, u, s_0): Laplace around each pattern's typical state at progress u along the path, with shared scales.
 
@@ -181,14 +169,21 @@ class StateDecoder:
     far the episode has come; and linearly with the start s_0, or z would encode where things stand. Laplace's heavier tails keep a
     demonstration that strayed from pulling a centre to itself.
 
-    Fitted by maximum likelihood to features (N, points, F) of patterns (N,), given slopes on the start (F, points * F).
+    centres (K, points, F), slopes on the start (F, points, F), mean start (F,), scale (F,); metres.
     """
 
-    def __init__(self, features: np.ndarray, patterns: np.ndarray, slopes: np.ndarray):
-        self.start, self.slopes = features[:, 0].mean(0), slopes.reshape(-1, *features.shape[1:])
-        left = self.without_start(features)
-        self.centres = np.stack([np.median(left[patterns == z], axis=0) for z in range(patterns.max() + 1)])  # (K, points, F)
-        self.scale = np.abs(left - self.centres[patterns]).mean((0, 1)).clip(0.005)  # (F,) metres
+    centres: np.ndarray
+    slopes: np.ndarray
+    start: np.ndarray
+    scale: np.ndarray
+
+    @classmethod
+    def fit(cls, features: np.ndarray, patterns: np.ndarray, slopes: np.ndarray) -> StateDecoder:
+        """Of maximum likelihood for features (N, points, F) of patterns (N,), given slopes (F, points * F)."""
+        decoder = cls(np.zeros(0), slopes.reshape(-1, *features.shape[1:]), features[:, 0].mean(0), np.ones(features.shape[-1]))
+        left = decoder.without_start(features)
+        centres = np.stack([np.median(left[patterns == z], axis=0) for z in range(patterns.max() + 1)])
+        return dataclasses.replace(decoder, centres=centres, scale=np.abs(left - centres[patterns]).mean((0, 1)).clip(0.005))
 
     def without_start(self, features: np.ndarray) -> np.ndarray:
         """(N, points, F), less what the start explains."""
@@ -199,6 +194,14 @@ class StateDecoder:
         left = self.without_start(features)
         log_p = [-(np.abs(left - centre) / self.scale + np.log(2 * self.scale)).mean(-1) for centre in self.centres]
         return np.stack(log_p, axis=-1).astype(np.float32)
+
+    def log_posterior(self, features: np.ndarray) -> np.ndarray:
+        """(N, points, F) -> (N, K) log q(z | tau), q ~ p(z) prod_t p(s_t | z, u, s_0): where the ELBO of trajectories is largest."""
+        return log_softmax(self.log_prob(features).sum(1), axis=-1)
+
+    def recognise(self, features: np.ndarray) -> np.ndarray:
+        """The pattern, (N,), of trajectories (N, points, F): argmax_z q(z | tau)."""
+        return self.log_posterior(features).argmax(1)
 
 
 def elbo(log_q: torch.Tensor, log_p: torch.Tensor, beta: float) -> torch.Tensor:
@@ -231,9 +234,9 @@ def start_slopes(x: np.ndarray, start: np.ndarray, ridge: float = 5.0) -> np.nda
 
 
 def cut_patterns(x: np.ndarray, num_patterns: int, least: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    """At most K patterns of at least `least` trajectories (N, D), from Ward's tree; a stray one goes to the nearest.
+    """At most K patterns of trajectories (N, D): clusters of at least `least` in Ward's tree; each trajectory goes to the nearest.
 
-    Returns: labels (N,) and centres (K, D). One pattern if there are no two of that size.
+    Returns: labels (N,), each of them twice or more, and centres (K, D). One pattern if there are no two clusters of that size.
     """
     found = np.zeros(len(x), int)
     for clusters in range(2, len(x)):
@@ -241,7 +244,9 @@ def cut_patterns(x: np.ndarray, num_patterns: int, least: int = 3) -> tuple[np.n
         sizes = np.bincount(labels)
         big = np.flatnonzero(sizes >= least)
         if found.max() + 1 < len(big) <= num_patterns:
-            found = cdist(x, [x[labels == k].mean(0) for k in big]).argmin(1)
+            nearest = cdist(x, [x[labels == k].mean(0) for k in big]).argmin(1)
+            if np.bincount(nearest, minlength=len(big)).min() > 1:
+                found = nearest
         if sizes.max() < least or len(big) >= num_patterns:
             break
     return found, centres_of(x, found)
@@ -310,7 +315,7 @@ def confirmed_patterns(x: np.ndarray, num_patterns: int, seed: int, say: Callabl
 
 
 def fit_encoder(args: Args, paths: np.ndarray, log_p: np.ndarray, tick: Callable | None = None) -> PatternEncoder:
-    """Maximise the ELBO of demonstrations (N, points, obs_size), given log_p (N, points, K): at beta = 1, q is the decoder's posterior.
+    """Maximise the ELBO of states (N, points, obs_size), given log_p (N, points, K): at beta = 1, q(z|s) is the decoder's posterior.
 
     With a decoder that is free to follow, q gives close patterns to their neighbour: the ELBO has such local optima.
     """
@@ -334,9 +339,9 @@ def fit_encoder(args: Args, paths: np.ndarray, log_p: np.ndarray, tick: Callable
 def discover(args: Args, paths: np.ndarray, layout: dict[str, slice], say: Callable[[str], None], tick: Callable | None = None):
     """Find the patterns of demonstrations given by `along_path`, (N, points, obs_size), at most `--num-patterns`; fit the autoencoder.
 
-    Returns: the frozen encoder; the labels, (N,) ints 0 to K - 1; and how sure they are, for summary.json: `prediction_strength` of the
-    weakest pattern; `bits`, H(Z) + E log2 q(z | tau) <= I(Z; tau), and `recognised`, the share whose label is argmax q(z | tau), both
-    of demonstrations that q was not trained on (two halves, either way).
+    Returns: the frozen encoder q(z | s), the decoder, the labels, (N,) ints 0 to K - 1, and how sure they are, for summary.json:
+    `prediction_strength` of the weakest pattern; `bits`, H(Z) + E log2 q(z | tau) <= I(Z; tau), and `recognised`, the share whose label
+    is argmax q(z | tau), both of demonstrations that the decoder was not fitted to (two halves, either way).
     """
     torch.manual_seed(args.seed)
     features = np.stack([pattern_features(path, layout) for path in paths])  # (N, points, F)
@@ -345,22 +350,20 @@ def discover(args: Args, paths: np.ndarray, layout: dict[str, slice], say: Calla
     most = 12 if args.num_patterns == "auto" else args.num_patterns
     labels, strength = confirmed_patterns(x - (start - start.mean(0)) @ slopes, most, args.seed, say)
 
-    def fit(rows: np.ndarray, tick: Callable | None = None) -> PatternEncoder:
-        return fit_encoder(args, paths[rows], StateDecoder(features[rows], labels[rows], slopes).log_prob(features[rows]), tick)
-
     halves, log_q = halve(labels, np.random.default_rng(args.seed)), np.zeros((len(paths), labels.max() + 1))
     for half, other in (halves, halves[::-1]):
         if len(half):
-            log_q[other] = fit(half).log_posterior(paths[other])
+            log_q[other] = StateDecoder.fit(features[half], labels[half], slopes).log_posterior(features[other])
     share = np.bincount(labels) / len(paths)
     bits = (log_q[np.arange(len(paths)), labels].mean() - share @ np.log(share)) / math.log(2)
-    account = {"prediction_strength": strength, "bits": float(bits), "recognised": float((log_q.argmax(1) == labels).mean())}
-    encoder = fit(np.arange(len(paths)), tick)
-    alive, named = np.unique(encoder.recognise(paths), return_inverse=True)
-    for z in set(range(encoder.num_patterns)) - set(alive):
-        say(f"Discover: a pattern of {(labels == z).sum()} demonstrations is dropped, as the encoder takes them for others")
-    encoder.keep(alive)
-    return encoder, named, account
+    sure = {"prediction_strength": strength, "bits": float(bits), "recognised": float((log_q.argmax(1) == labels).mean())}
+
+    decoder = StateDecoder.fit(features, labels, slopes)
+    alive, named = np.unique(decoder.recognise(features), return_inverse=True)
+    for z in set(range(len(decoder.centres))) - set(alive):
+        say(f"Discover: a pattern of {(labels == z).sum()} demonstrations is dropped: all of them are nearer to others")
+    decoder.centres = decoder.centres[alive]
+    return fit_encoder(args, paths, decoder.log_prob(features), tick), decoder, named, sure
 
 
 # ---------------------------------------------------------------------------------------------- the policy
@@ -726,10 +729,12 @@ def main() -> None:
     # 1. Discover
     if run.stage == "start":
         tick = run.ticker("Discover", args.discover_steps, "ELBO {discover_elbo:.3f}", each=20)
-        encoder, patterns, sure = discover(args, paths, layout, run.progress.say, tick)
+        encoder, decoder, patterns, sure = discover(args, paths, layout, run.progress.say, tick)
         run.log({f"discover/{name}": value for name, value in sure.items()}, args.discover_steps)
-        run.save("discover", num_patterns=encoder.num_patterns, encoder=encoder.state_dict(), patterns=patterns, discover=sure)
+        saved = {"encoder": encoder.state_dict(), "decoder": vars(decoder), "patterns": patterns, "discover": sure}
+        run.save("discover", num_patterns=len(decoder.centres), **saved)
     k, patterns, sure = run.checkpoint["num_patterns"], np.asarray(run.checkpoint["patterns"]), run.checkpoint["discover"]
+    decoder = StateDecoder(**{name: np.asarray(array) for name, array in run.checkpoint["decoder"].items()})
     encoder = PatternEncoder(paths.shape[-1], k).requires_grad_(False)
     encoder.load_state_dict(run.checkpoint["encoder"])
     alive = list(range(k))
@@ -761,8 +766,9 @@ def main() -> None:
 
     # Roll out, keep successes
     corpus, summary = job.roll_out(agent.act, alive)
-    rolled_out = np.stack([along_path(rollout.trajectory_observations(task, e), layout, args.discover_points) for e in corpus])
-    confusion = metrics.confusion_matrix([e.attrs["pattern"] for e in corpus], encoder.recognise(rolled_out), k)
+    rolled_out = [along_path(rollout.trajectory_observations(task, e), layout, args.discover_points) for e in corpus]
+    recognised = decoder.recognise(np.stack([pattern_features(path, layout) for path in rolled_out]))
+    confusion = metrics.confusion_matrix([e.attrs["pattern"] for e in corpus], recognised, k)
     plots.plot_leakage(run.folder / "figures" / "leakage.png", confusion, task.language)
     learn_success = run.checkpoint["learn_success"]
     history = np.array([[0.0] + [np.nan] * k, *run.checkpoint["history"]])

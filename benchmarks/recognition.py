@@ -71,15 +71,16 @@ def measure(args: dlr_discover.Args, paths: np.ndarray, layout: dict[str, slice]
     order = np.argsort(turn, kind="stable")
     fit, rest = order[:num_demos], order[num_demos:]
     began = time.process_time()
-    encoder, labels, sure = dlr_discover.discover(args, paths[fit], layout, lambda line: None)
-    x = np.stack([dlr_discover.pattern_features(path, layout).ravel() for path in paths])
+    _, decoder, labels, sure = dlr_discover.discover(args, paths[fit], layout, lambda line: None)
+    features = np.stack([dlr_discover.pattern_features(path, layout) for path in paths])
+    x = features.reshape(len(paths), -1)
     return {
         "seed": args.seed,
-        "k": encoder.num_patterns,
+        "k": len(decoder.centres),
         "demonstrations": np.bincount(labels).tolist(),
         **sure,
         "index": metrics.adjusted_rand_index(labels, ways[fit]),
-        "held_out_index": metrics.adjusted_rand_index(encoder.recognise(paths[rest]), ways[rest]),
+        "held_out_index": metrics.adjusted_rand_index(decoder.recognise(features[rest]), ways[rest]),
         "classifier_index": metrics.adjusted_rand_index(classify(x[fit], ways[fit], x[rest]), ways[rest]),
         "cpu_seconds": time.process_time() - began,
     }
@@ -125,7 +126,7 @@ def main() -> None:
             continue
         demos = load_or_collect(task, args.num_demos + args.held_out, seed=DEMO_SEED, physics="sleep")
         layout, ways = make_env(task).obs_layout, np.array([e.attrs["strategy"] for e in demos])
-        settings = [dlr_discover.Args(task=name, seed=seed, num_patterns=args.num_patterns) for seed in args.seeds]
+        settings = [dlr_discover.Args(task=name, seed=seed, num_patterns=args.num_patterns, discover_steps=1) for seed in args.seeds]
         paths = [dlr_discover.along_path(observe_states(task, e.states), layout, settings[0].discover_points) for e in demos]
         seeds = [measure(each, np.stack(paths), layout, ways, args.num_demos) for each in settings]
         rows = [row for row in rows if row is not old]
