@@ -41,7 +41,7 @@ from common.libero.renderers import Renderer
 from common.libero.tasks import find_human_demos
 
 DRAWN, SHOWN = 256, 224  # pixels of a picture's side, as the simulator draws it and as the policy sees it
-OPTIONAL = "pip install websockets msgpack"
+OPTIONAL = "pip install -r requirements-policies.txt"
 PATIENCE = 600.0  # seconds that a server may take to answer: a first request may have it compile its model
 # How pictures might be turned: steps along the rows and columns of an upright one.
 # LIBERO's environment returns the bottom row first. Public data sets rotate that by 180 degrees: upright, and mirrored left to right.

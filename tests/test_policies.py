@@ -184,7 +184,7 @@ def test_servers_that_fail():
 
 def test_without_the_optional_packages(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "msgpack", None)
-    with pytest.raises(UserError, match="needs msgpack, which is not installed; run: pip install websockets msgpack"):
+    with pytest.raises(UserError, match="needs msgpack, which is not installed; run: pip install -r requirements-policies.txt"):
         find_policy("ws://127.0.0.1:1", 1)
 
 
