@@ -147,7 +147,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:  # a full disk is reported without the file's name, or in that of the temporary one
         if error.errno in UNWRITABLE and error.filename in (None, str(temporary)):
-            raise OSError(error.errno, error.strerror, str(path)) from error
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
     finally:
         with contextlib.suppress(OSError):  # a disk that can't be written any more

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+import gaussian_ppo
 from benchmarks import compare
 from common import metrics
 from common.cli import UserError
@@ -137,7 +138,8 @@ def test_runs_with_other_flags_are_not_taken_for_those_with_the_default_ones(mon
         folder = tmp_path / f"suite-task__gaussian_ppo__1__{name}"
         folder.mkdir()
         args = {"task": "suite/task", "seed": 1, "run_folder": str(tmp_path), "device": "cpu", "backend": "cpu", "videos": False} | args
-        args = {"stop_success": None, "physics": choose_physics("auto", "cpu")} | args
+        usual = dataclasses.asdict(gaussian_ppo.Args(stop_success=None, physics=choose_physics("auto", "cpu")))
+        args = usual | args
         write_json(folder / "config.json", {"script": "gaussian_ppo", "args": args})
         if finished:
             write_json(folder / "summary.json", {})
