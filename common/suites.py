@@ -21,10 +21,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from common.bddl import check_bddl, language_of
 from common.cli import UserError, atomic_path, cache_dir
+
+try:
+    import numpy as np
+except ImportError:  # common.doctor also runs where nothing is installed, and says so
+    pass
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 # Step caps of published evaluations, without the no-op steps at the start (OpenVLA's, adopted by pi0 and others).

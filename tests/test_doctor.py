@@ -36,7 +36,7 @@ def test_this_machine(assets):
     assert (found["assets"]["folder"], found["assets"]["name"]) == (str(folder), asset_names(folder)[1])
     assert [not found["pictures"][name] for name in ("warp", "gl")] == [available(name)[0] for name in ("warp", "gl")]
     assert list(found["scripts"]) == list(doctor.SCRIPTS)
-    assert {(ROOT / f"{name}.py").is_file() for name in doctor.SCRIPTS} == {True} and len(list(ROOT.glob("*.py"))) == len(doctor.SCRIPTS)
+    assert {path.stem for path in ROOT.glob("*.py")} - {"env"} == set(doctor.SCRIPTS)  # env.py is for LeRobot to load
     screen = doctor.report(found).splitlines()
     assert len(screen) <= 50 and screen[-1] == "Nothing that is needed is missing."
 
