@@ -7,6 +7,7 @@ cache folder, and outputs bring the task along (`task_attrs`), so that they can 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -24,10 +25,8 @@ from typing import Any
 from common.bddl import check_bddl, language_of
 from common.cli import UserError, atomic_path, cache_dir
 
-try:
+with contextlib.suppress(ImportError):  # common.doctor also runs where nothing is installed, and says so
     import numpy as np
-except ImportError:  # common.doctor also runs where nothing is installed, and says so
-    pass
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 # Step caps of published evaluations, without the no-op steps at the start (OpenVLA's, adopted by pi0 and others).
