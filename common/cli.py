@@ -20,7 +20,7 @@ import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 
 class UserError(Exception):
@@ -163,16 +163,40 @@ def remove_leftovers(folder: Path, deep: bool = True) -> None:
             path.unlink()
 
 
-def lock(path: str | os.PathLike) -> IO | None:
-    """Open and lock a file; None if another process holds it. The lock is held until the file is closed, here and in every child process
-    that it is passed to, or these processes are dead. OSError: a file system without locks."""
-    file = open(path, "a")  # noqa: SIM115  (it stays open)
+class Lock(contextlib.AbstractContextManager):
+    """A locked file, until it is closed or nothing refers to it any more, here and in every child process that its descriptor is passed to,
+    or these processes are dead."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.close()
+            raise
+
+    def fileno(self) -> int:
+        return self.descriptor
+
+    def close(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+        self.descriptor = -1
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            self.close()
+
+
+def lock(path: str | os.PathLike) -> Lock | None:
+    """Open and lock a file; None if another process holds it. OSError: a file system without locks."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return Lock(path)
     except BlockingIOError:
-        file.close()
         return None
-    return file
 
 
 def usable_cores() -> int:

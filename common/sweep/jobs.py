@@ -17,9 +17,8 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
 
-from common.cli import UserError, atomic_path, lock, remove_leftovers, usable_cores
+from common.cli import Lock, UserError, atomic_path, lock, remove_leftovers, usable_cores
 
 ROOT = Path(__file__).resolve().parents[2]
 GRACE = 120.0  # seconds that a stopped run gets to end its iteration and save, before it is killed
@@ -157,7 +156,7 @@ def attempt(job: Job, stop: threading.Event | None = None) -> str:
         return now["outcome"]
 
 
-def _wait_for_lock(path: Path, stop: threading.Event) -> IO | None:
+def _wait_for_lock(path: Path, stop: threading.Event) -> Lock | None:
     """The locked file; None if `stop` is set. It may be held by the child of a sweep that was killed: that child is told so, and saves."""
     while True:
         try:
