@@ -470,7 +470,9 @@ def evaluate_policy(args: Args, run: SharedRun, device: torch.device) -> None:
         if "conventions" not in results:
             results["conventions"] = policies.compare(task, policy, camera, args.seed, say)
 
-    finish_evaluation(args, Subject(policy, check, policies.DRAWN, renderer, args.assets, device.type), tasks, run, results)
+    subject = Subject(policy, check, policies.DRAWN, renderer, args.assets, device.type)
+    with contextlib.closing(answer) if hasattr(answer, "close") else contextlib.nullcontext():  # a server hears that we leave
+        finish_evaluation(args, subject, tasks, run, results)
 
 
 # ---------------------------------------------------------------------------------------------- the whole job
