@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,19 @@ def handlers_of_signals() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def forkable() -> None:
+    """Skips where this process cannot be forked: each MjData reserves memory that it does not use, and Linux adds it up."""
+    gc.collect()
+    try:
+        child = os.fork()
+    except OSError as error:
+        pytest.skip(f"the tests' process cannot be forked: {error}")
+    if not child:
+        os._exit(0)
+    os.waitpid(child, 0)
 
 
 @pytest.fixture(scope="session")

@@ -112,6 +112,7 @@ def script(tmp_path, monkeypatch) -> str:
 def run(*words: object) -> None:
     """The command, in this process."""
     before = sys.argv, [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background, which ignores it
     sys.argv = ["sweep", *map(str, words)]
     try:
         sweep.main()
