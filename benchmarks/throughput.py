@@ -277,7 +277,7 @@ def measure(task_id: str, args: Args, cores: int, progress: Progress) -> dict:
 def take_turns(task: Task, num_envs: int, counts: list[int], work, libero: Libero, args: Args, progress: Progress) -> dict:
     """{(whose, cores): control steps/s in each block, by both `clocks`}. `work(block, ours)` gives start states and the actions of each
     environment, (T_i, 7)."""
-    kinds = {"ours": "exact"} | ({"sleep": "sleep"} if choose_physics("auto", "cpu") == "sleep" else {})
+    kinds = {"ours": "exact"} | ({} if choose_physics("auto", "cpu") == "exact" else {"sleep": "sleep", "coarse": "coarse"})
     ours = {(name, c): Ours(task, num_envs, c, physics) for c in counts for name, physics in kinds.items()}
     names = ["libero", *kinds, "limit"]
     speeds = {(name, c): [] for c in counts for name in names}

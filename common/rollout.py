@@ -71,8 +71,9 @@ class JobArgs:
     """auto (CUDA, if there is a GPU; for few environments with states, cpu may be faster), cpu or cuda"""
     backend: Literal["auto", "cpu", "warp"] = "auto"
     """simulator: cpu (all cores), warp (MuJoCo Warp on --device) or auto (warp on a GPU from 256 environments on)"""
-    physics: Literal["auto", "exact", "sleep"] = "auto"
-    """of training: exact, sleep (what rests costs nothing) or auto (sleep where MuJoCo has it); evaluation and corpus are always exact"""
+    physics: Literal["auto", "exact", "sleep", "coarse"] = "auto"
+    """of training: exact, sleep (what rests costs nothing), coarse (and physics steps of 4 ms, not 2) or auto (coarse where MuJoCo can sleep);
+    evaluation and corpus are always exact"""
     compile: bool = False
     """compile acting and PPO's losses (CUDA)"""
     checkpoint_interval: Count = 5
@@ -291,7 +292,7 @@ class Trainer:
 
     def run_iteration(self) -> dict[str, float]:
         """One rollout and update; returns what to log."""
-        if self.args.physics == "sleep":  # poses of what sleeps may be one physics step old: be where a resumed run would be
+        if self.args.physics != "exact":  # poses of what sleeps may be one physics step old: be where a resumed run would be
             self.env.restore(self.env.snapshot())
             self.obs = self.env.observations()
         return self.iterate()

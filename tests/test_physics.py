@@ -1,4 +1,4 @@
-"""Sleeping physics: what rests is left alone, what is touched wakes, and a run goes on exactly; against exact physics."""
+"""Sleeping and coarse physics: what rests is left alone, what is touched wakes, and a run goes on exactly; against exact physics."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from common.libero import env as env_module
 from common.libero import goals, load_task, make_env
 from common.libero.env import LiberoVectorEnv
 from common.libero.make import choose_physics
+from common.libero.step import SUBSTEPS
 
 pytestmark = pytest.mark.skipif(not hasattr(mujoco.mjtEnableBit, "mjENBL_SLEEP"), reason="needs MuJoCo 3.8 or later")
 
@@ -74,7 +75,7 @@ def test_demonstrations_succeed_as_in_exact_physics(drawer_task, demos):
     """Ten demonstrations of a drawer that is asleep until the hand comes: the same successes, within two control steps."""
     episodes = read_episodes(demos, drawer_task)[:10]
     found = {}
-    for physics in ("exact", "sleep"):
+    for physics in ("exact", "sleep", "coarse"):
         env = make_env(drawer_task, 10, seed=0, physics=physics, autoreset_mode=AutoresetMode.DISABLED)
         env.reset()
         env.set_state(np.stack([e.states[0] for e in episodes]))
@@ -86,14 +87,34 @@ def test_demonstrations_succeed_as_in_exact_physics(drawer_task, demos):
     assert (found["exact"] >= 0).sum() >= 8
     np.testing.assert_array_equal(found["exact"] >= 0, found["sleep"] >= 0)
     assert np.abs(found["exact"] - found["sleep"]).max() <= 2
+    both = (found["exact"] >= 0) & (found["coarse"] >= 0)  # without feedback, what a coarser step changes adds up
+    assert both.sum() >= 8 and np.median(np.abs(found["exact"] - found["coarse"])[both]) <= 2
 
 
-def test_goes_on_exactly_from_a_snapshot(bowl_task):
+def test_coarse_steps_take_the_same_time_and_the_hand_the_same_way(bowl_task):
+    """Fewer physics steps of the same 50 ms; the arm, which nothing touches, is within 3 mm, and the fingers close alike."""
+    rng, found = np.random.default_rng(0), {}
+    actions = np.concatenate([rng.uniform(-0.5, 0.5, (30, 1, 6)), np.ones((30, 1, 1))], axis=2)
+    for physics in ("exact", "coarse"):
+        env = make_env(bowl_task, 1, seed=0, physics=physics)
+        env.reset(options={"init_state": [0]})
+        before, steps = env.data[0].time, env.model.opt.timestep
+        for action in actions:
+            env.step(action)
+        assert env.data[0].time - before == pytest.approx(30 / 20)
+        assert round(0.05 / steps) == {"exact": SUBSTEPS, "coarse": env_module.COARSE_SUBSTEPS}[physics]
+        found[physics] = env.proprioception()
+    np.testing.assert_allclose(found["exact"]["ee_pos"], found["coarse"]["ee_pos"], atol=3e-3)
+    np.testing.assert_allclose(found["exact"]["gripper_states"], found["coarse"]["gripper_states"], atol=5e-4)
+
+
+@pytest.mark.parametrize("physics", ["sleep", "coarse"])
+def test_goes_on_exactly_from_a_snapshot(bowl_task, physics):
     """Another environment, amid another episode, takes a snapshot over and does the same to the last bit, sleepers included."""
     rng = np.random.default_rng(0)
     actions = rng.uniform(-1, 1, (60, 2, 7))
     actions[..., 2] -= 0.4  # down, into things
-    env, other = (make_env(bowl_task, 2, seed=0, physics="sleep", max_steps=1000) for _ in range(2))
+    env, other = (make_env(bowl_task, 2, seed=0, physics=physics, max_steps=1000) for _ in range(2))
     env.reset(options={"init_state": [0, 1]})
     other.reset(options={"init_state": [5, 6]})
     for k, action in enumerate(actions):
@@ -110,12 +131,13 @@ def test_goes_on_exactly_from_a_snapshot(bowl_task):
 
 
 def test_what_cannot_sleep(bowl_task, monkeypatch):
-    with pytest.raises(UserError, match="no physics 'slow'; choose from exact, sleep"):
+    with pytest.raises(UserError, match="no physics 'slow'; choose from exact, sleep, coarse"):
         make_env(bowl_task, physics="slow")
     with pytest.raises(UserError, match="physics sleep needs backend cpu"):
         make_env(bowl_task, physics="sleep", backend="warp")
-    assert choose_physics("auto", "warp") == "exact" and choose_physics("auto", "cpu") == "sleep"
+    assert choose_physics("auto", "warp") == "exact" and choose_physics("auto", "cpu") == "coarse"
     monkeypatch.delattr(env_module.mujoco.mjtEnableBit, "mjENBL_SLEEP")
     assert choose_physics("auto", "cpu") == make_env(bowl_task, physics="auto").physics == "exact"
-    with pytest.raises(UserError, match="physics sleep needs MuJoCo 3.8 or later"):
-        make_env(bowl_task, physics="sleep")
+    for physics in ("sleep", "coarse"):
+        with pytest.raises(UserError, match=f"physics {physics} needs MuJoCo 3.8 or later"):
+            make_env(bowl_task, physics=physics)

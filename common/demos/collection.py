@@ -44,7 +44,7 @@ def collect(
         keep_failures: take the first attempts, successful or not.
         init_states: official init states; the k-th attempt starts from the k-th, cyclically. Default: training states.
         replayable: start as a replay does, so that from an episode's first state its actions alone reach success (see `perform`).
-        physics: exact, or sleep (faster; see `make_env`).
+        physics: exact, or sleep or coarse (faster; see `make_env`).
 
     Returns episodes in the order (round, strategy). Their attrs: strategy (name), strategy_index, init_state (-1 for a
     training state), seed, attempt, noise, source.

@@ -36,10 +36,10 @@ def choose_backend(backend: str, num_envs: int, device: str | None = None) -> st
 
 
 def choose_physics(physics: str, backend: str) -> str:
-    """ "exact" or "sleep": what "auto" means on `backend` ("cpu" or "warp") with this MuJoCo."""
+    """ "exact", "sleep" or "coarse": what "auto" means on `backend` ("cpu" or "warp") with this MuJoCo."""
     if physics != "auto":
         return physics
-    return "sleep" if backend == "cpu" and hasattr(mujoco.mjtEnableBit, "mjENBL_SLEEP") else "exact"
+    return "coarse" if backend == "cpu" and hasattr(mujoco.mjtEnableBit, "mjENBL_SLEEP") else "exact"
 
 
 def make_env(
@@ -63,7 +63,7 @@ def make_env(
             `common.libero.pixels.PixelObservation`); image_size (pixels), cameras and renderer are of these pictures.
         show_state: with pictures, the state as well, for critics.
         backend: "cpu" (`LiberoVectorEnv`), "warp" (`common.libero.warp_env.LiberoWarpEnv`, on `device`) or "auto" (see `choose_backend`).
-        physics: "exact", "sleep" (see `LiberoVectorEnv`; of the CPU backend) or "auto" (see `choose_physics`).
+        physics: "exact", "sleep" or "coarse" (see `LiberoVectorEnv`; of the CPU backend), or "auto" (see `choose_physics`).
         device: of "warp", default the first GPU; and of the ray tracer, default where the worlds are.
         kwargs: as in the class; and autoreset_mode may be NEXT_STEP (`common.libero.wrappers.NextStep`).
     """

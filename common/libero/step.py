@@ -1,6 +1,6 @@
 """The compiled control step: MuJoCo's C library, LIBERO's controller, the goal and the observation without a Python lock.
 
-One control step (20 Hz) is 25 physics substeps of `mj_step1`, OSC_POSE, `mj_step2`, then the goal and the observation. Everything that
+One control step (20 Hz) is 25 physics substeps (fewer if asked) of `mj_step1`, OSC_POSE, `mj_step2`, then the goal and the observation. Everything that
 numba compiles is in this one file, because its cache of compiled code notices changes of the file that a function is in, not of others.
 """
 
@@ -17,11 +17,11 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-SUBSTEPS = 25  # 20 Hz control over 500 Hz physics
+SUBSTEPS = 25  # LIBERO's: 20 Hz control over 500 Hz physics
 NO_OP = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])  # what published evaluations send while objects settle
 KP = 150.0  # robosuite's OSC_POSE: stiffness, damping ratio 1
 NULL_KP = 10.0  # null-space stiffness toward the arm's reset pose
-GRIPPER_SPEED = 0.01  # of the finger range, a substep
+GRIPPER_SPEED = 0.01  # of the finger range, a substep of 2 ms
 
 # ---------------------------------------------------------------------------------------------- compiled control step
 
@@ -178,7 +178,26 @@ def _osc_torques(M, J, bias, q, qd, q0, pos_error, ori_error, velocity, torque):
 
 @numba.njit(nogil=True, cache=True)
 def control_steps(
-    envs, counter, model, data, pointers, sizes, arm, masses, q0, limits, fingers, goal, terms, actions, repeat, goal_rot, grip, near, obs
+    envs,
+    counter,
+    model,
+    data,
+    pointers,
+    sizes,
+    arm,
+    masses,
+    q0,
+    limits,
+    fingers,
+    goal,
+    terms,
+    substeps,
+    actions,
+    repeat,
+    goal_rot,
+    grip,
+    near,
+    obs,
 ):
     """Run `repeat` control steps of environments `envs` with constant actions, then judge and observe them.
 
@@ -192,6 +211,7 @@ def control_steps(
         arm (3, 7): qpos and dof addresses and actuators; masses (7, 7): where M[i, j] lies in the sparse mass matrix, or -1.
         limits (7, 2): torque limits; fingers (2, 3): actuator, middle and half width of its control range.
         goal, terms: what to judge (see `goal_table`) and to observe (see `StateObservation`).
+        substeps: physics steps a control step; the model's timestep is 1/20 s divided by it.
         goal_rot (num_envs, 3, 3), grip (num_envs, 2): the controller's memory, updated in place.
         near (num_envs,) bool, obs (num_envs, size) float32: output.
     """
@@ -211,9 +231,9 @@ def control_steps(
         mass, qfrc_bias = _view(pointers[e, MASS], (nC,)), _view(pointers[e, BIAS], (nv,))
         site_xpos, site_xmat = _view(pointers[e, SITE_XPOS], (nsite, 3)), _view(pointers[e, SITE_XMAT], (nsite, 3, 3))
         eef, rot = site_xpos[grip_site], site_xmat[grip_site]
-        for substep in range(repeat * SUBSTEPS):
+        for substep in range(repeat * substeps):
             _mj_step1(model, data[e])
-            if substep % SUBSTEPS == 0:  # a new action sets the goal pose, relative to where the hand is now
+            if substep % substeps == 0:  # a new action sets the goal pose, relative to where the hand is now
                 turned = False
                 for i in range(3):
                     target[i] = eef[i] + 0.05 * min(1.0, max(-1.0, actions[e, i]))
@@ -247,14 +267,14 @@ def control_steps(
             _osc_torques(M, J, bias, q, qd, q0, pos_error, ori_error, velocity, torque)
             for k in range(7):
                 ctrl[arm[2, k]] = min(limits[k, 1], max(limits[k, 0], torque[k]))
-            # LIBERO's gripper: the sign of the action moves both fingers' targets by a fixed amount a substep
-            step = GRIPPER_SPEED * np.sign(actions[e, 6])
+            # LIBERO's gripper: the sign of the action moves both fingers' targets at a fixed speed
+            step = GRIPPER_SPEED * SUBSTEPS / substeps * np.sign(actions[e, 6])
             grip[e, 0] = min(1.0, max(-1.0, grip[e, 0] - step))
             grip[e, 1] = min(1.0, max(-1.0, grip[e, 1] + step))
             for f in range(2):
                 ctrl[int(fingers[f, 0])] = fingers[f, 1] + fingers[f, 2] * grip[e, f]
             _mj_step2(model, data[e])
-        near[e] = goal_near(pointers[e], goal)  # LIBERO judges success on poses 2 ms old,
+        near[e] = goal_near(pointers[e], goal)  # LIBERO judges success on poses one substep old,
         _mj_kinematics(model, data[e])  # but observations are of the state itself
         observe_into(pointers[e], terms, obs[e])
 
