@@ -1,10 +1,10 @@
-"""What sleeping physics changes: success of demonstrators and of trained policies under exact physics and under sleep, from the same
-official init states with the same noise.
+"""What faster physics change: success of demonstrators and of trained policies under exact physics, under sleep and under coarse, from
+the same official init states with the same noise.
 
     python -m benchmarks.physics --suite all --json docs/results/physics.json
     python -m benchmarks.physics --runs runs/RUN [...] --episodes 200
 
-Both try the same strategies, those that docs/results/demonstrator.json has for a task, so nothing is rehearsed. With --json, what the
+All try the same strategies, those that docs/results/demonstrator.json has for a task, so nothing is rehearsed. With --json, what the
 file already holds is not measured again.
 """
 
@@ -39,7 +39,7 @@ REPERTOIRES = Path("docs/results/demonstrator.json")
 
 @dataclass
 class Args:
-    """Compare success under exact and under sleeping physics."""
+    """Compare success under exact, sleeping and coarse physics."""
 
     tasks: list[str] = field(default_factory=list)
     """task ids, suite/index"""
@@ -69,10 +69,10 @@ def strategy(name: str) -> Strategy:
     return Strategy(name, dict(re.fullmatch(r"((?:step \d+ )?\w+) (.+)", part).groups() for part in name.split(", ")))
 
 
-def scripted(task_id: str, ways: list[str], args: Args) -> dict:
-    """Both physics on one task: the control step at which each attempt succeeds, or -1."""
-    task, found = load_task(task_id, args.assets), {}
-    for physics in PHYSICS:
+def scripted(task_id: str, ways: list[str], args: Args, found: dict) -> dict:
+    """All physics that `found` lacks on one task: the control step at which each attempt succeeds, or -1."""
+    task, found = load_task(task_id, args.assets), dict(found)
+    for physics in [name for name in PHYSICS if name not in found]:
         steps = np.full(args.episodes, -1)
         jobs = [Attempt(k, strategy(ways[k % len(ways)]), [0, k], k % len(task.init_states)) for k in range(args.episodes)]
         queue = iter(jobs)
@@ -83,7 +83,7 @@ def scripted(task_id: str, ways: list[str], args: Args) -> dict:
 
 
 def trained(run: Path, args: Args) -> dict:
-    """Both physics with a trained policy: from official init states, then from training states."""
+    """All physics with a trained policy, from official init states."""
     task, options, make, patterns = load_policy(run, args.assets)
     found = {}
     for physics in PHYSICS:
@@ -93,25 +93,25 @@ def trained(run: Path, args: Args) -> dict:
     return {"task": task.id, "policy": run.name, "steps": found}
 
 
-def report(rows: list[dict]) -> str:
-    """Markdown: a line a suite, and a line for each task where a flag differs."""
+def report(rows: list[dict], other: str) -> str:
+    """Exact physics beside `other`, as markdown: a line a suite, and a line for each task where a flag differs."""
 
     def line(name: str, rows: list[dict]) -> str:
-        exact, sleep = (np.concatenate([row["steps"][physics] for row in rows]) for physics in PHYSICS)
-        both = (exact >= 0) & (sleep >= 0)
-        won = [int((steps >= 0).sum()) for steps in (exact, sleep)]
+        exact, faster = (np.concatenate([row["steps"][physics] for row in rows]) for physics in ("exact", other))
+        both = (exact >= 0) & (faster >= 0)
+        won = [int((steps >= 0).sum()) for steps in (exact, faster)]
         low, high = newcombe_interval((won[1], won[0]), (len(exact), len(exact)))
-        near = np.mean(np.abs(exact[both] - sleep[both]) <= 2) if both.any() else np.nan
+        near = np.mean(np.abs(exact[both] - faster[both]) <= 2) if both.any() else np.nan
         cells = [len(rows), len(exact), f"{won[0] / len(exact):.1%}", f"{won[1] / len(exact):.1%}"]
         cells += [f"{100 * (won[1] - won[0]) / len(exact):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"]
-        cells += [int(((exact >= 0) & (sleep < 0)).sum()), int(((exact < 0) & (sleep >= 0)).sum()), f"{near:.0%}"]
+        cells += [int(((exact >= 0) & (faster < 0)).sum()), int(((exact < 0) & (faster >= 0)).sum()), f"{near:.0%}"]
         return f"| {name} | " + " | ".join(map(str, cells)) + " |"
 
-    head = "| | tasks | episodes | exact | sleep | difference, points | only exact | only sleep | within 2 steps |"
+    head = f"| | tasks | episodes | exact | {other} | difference, points | only exact | only {other} | within 2 steps |"
     lines = [head, "|---" * 9 + "|"]
     groups = {suite: [row for row in rows if row["task"].startswith(f"{suite}/")] for suite in SUITES}
     lines += [line(suite, part) for suite, part in groups.items() if part] + [line("all", rows)]
-    flipped = [row for row in rows if any((a >= 0) != (b >= 0) for a, b in zip(*row["steps"].values(), strict=True))]
+    flipped = [row for row in rows if np.any((np.array(row["steps"]["exact"]) >= 0) != (np.array(row["steps"][other]) >= 0))]
     lines += ["", "Where success differs in at least one episode:", "", head, "|---" * 9 + "|"]
     return "\n".join(lines + [line(f"{row['task']} ({row['policy']})", [row]) for row in flipped])
 
@@ -126,17 +126,18 @@ def main() -> None:
         tasks = [task for task in args.tasks or suite_tasks(args.suite) if repertoires.get(task)]
         kept = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
         done = {row["task"]: row for row in kept if all(row.get(k) == v for k, v in asked.items())}
+        whole = [task for task in tasks if task in done and set(PHYSICS) <= set(done[task]["steps"])]
         workers = min(args.workers, len(tasks))
         with ProcessPoolExecutor(workers, get_context("spawn"), share_cores, (workers,)) as pool:
-            rest = [task for task in tasks if task not in done]
-            futures = [pool.submit(scripted, task, repertoires[task], args) for task in rest]
+            rest = [task for task in tasks if task not in whole]
+            futures = [pool.submit(scripted, task, repertoires[task], args, done.get(task, {}).get("steps", {})) for task in rest]
             for future in tqdm(as_completed(futures), total=len(tasks), initial=len(tasks) - len(rest), desc="tasks"):
                 row = asked | future.result()
                 done[row["task"]] = row
                 if args.json:
                     write_json(args.json, {"versions": versions(), "rows": list(done.values())})
         rows = [done[task] for task in tasks]
-    print(report(rows))
+    print("\n\n".join(report(rows, other) for other in PHYSICS[1:]))
 
 
 if __name__ == "__main__":

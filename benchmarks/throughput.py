@@ -5,7 +5,7 @@ with, in turn,
 
   libero   LIBERO's `ControlEnv` (from states, no cameras), one state after the other;
   ours     one vector environment of all the states, in one thread;
-  sleep    the same with `physics="sleep"`, where MuJoCo has it;
+  sleep, coarse  the same with these `physics`, where MuJoCo can sleep (docs/physics.md);
   limit    25 bare `mj_step` a control step, in one call, of LIBERO's model as it compiles it, from the state that ours had there and
            with its torques;
 
@@ -385,7 +385,7 @@ def summarise(speeds: dict[tuple[str, int], list[np.ndarray]], cores: int) -> di
     result["all_cores"] = {name: float(np.median(speed[name, cores])) for name in names}
     result["ratios"] = {}
     for label, c in (("", 1), ("_all_cores", cores)):
-        for name in ("ours", "sleep"):
+        for name in ("ours", "sleep", "coarse"):
             for other in ("libero", "limit") if name in names else ():
                 result["ratios"][f"{name}_over_{other}{label}"] = quartiles(speed[name, c] / speed[other, c])
     for name, label in (("ours", "scaling"), ("limit", "scaling_of_the_limit")):
@@ -410,7 +410,8 @@ def report_warp(results: dict[str, dict], cores: int, pixels: bool) -> list[str]
 
 def report(results: dict[str, dict], cores: int) -> str:
     """The results as markdown."""
-    head = ["control steps/s", "LIBERO", "ours", "limit", "ours / LIBERO", "ours / limit", "sleep", "sleep / LIBERO", "sleep / limit"]
+    head = ["control steps/s", "LIBERO", "ours", "limit", "ours / LIBERO", "ours / limit"]
+    head += [f"{name}{over}" for name in ("sleep", "coarse") for over in ("", " / LIBERO", " / limit")]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     rows = {f"{task}, {cores} cores": (r["all_cores"], r["ratios"], "_all_cores") for task, r in results.items()}
     rows = {task: (r, r["ratios"], "") for task, r in results.items()} | rows
@@ -421,8 +422,8 @@ def report(results: dict[str, dict], cores: int) -> str:
     }
     for name, (speed, ratios, label) in rows.items():
         cells = [name, *(f"{speed[who]:.0f}" for who in ("libero", "ours", "limit"))]
-        for who in ("ours", "sleep"):
-            cells += [f"{speed[who]:.0f}"] if who == "sleep" and who in speed else []
+        for who in ("ours", "sleep", "coarse"):
+            cells += [f"{speed[who]:.0f}"] if who != "ours" and who in speed else []
             cells += [spread(ratios[f"{who}_over_{other}{label}"]) for other in ("libero", "limit") if who in speed]
         lines.append(f"| {' | '.join(cells + [''] * (len(head) - len(cells)))} |")
     lines += ["", "| scaling to all cores (1 is linear) | ours | limit |", "|---|---|---|"]

@@ -72,8 +72,8 @@ class JobArgs:
     backend: Literal["auto", "cpu", "warp"] = "auto"
     """simulator: cpu (all cores), warp (MuJoCo Warp on --device) or auto (warp on a GPU from 256 environments on)"""
     physics: Literal["auto", "exact", "sleep", "coarse"] = "auto"
-    """of training: exact, sleep (what rests costs nothing), coarse (and physics steps of 4 ms, not 2) or auto (coarse where MuJoCo can sleep);
-    evaluation and corpus are always exact"""
+    """of training: exact, sleep (what rests costs nothing), coarse (also physics steps of 4 ms, not 2) or auto (coarse where MuJoCo has
+    sleep); evaluation and corpus are always exact"""
     compile: bool = False
     """compile acting and PPO's losses (CUDA)"""
     checkpoint_interval: Count = 5

@@ -138,7 +138,7 @@ def test_throughput_compares_the_same_work(drawer_task):
     progress = Progress(interval=1e9)
     progress.stage("blocks", 1)
     speeds = throughput.take_turns(drawer_task, 2, [1], work, libero, throughput.Args(blocks=1), progress)
-    assert seen == 2 * [(1, "run", 2, [2, 3])] and {name for name, _ in speeds} == {"libero", "ours", "sleep", "limit"}
+    assert seen == 2 * [(1, "run", 2, [2, 3])] and {name for name, _ in speeds} == {"libero", "ours", "sleep", "coarse", "limit"}
     (theirs,) = speeds["libero", 1]
     np.testing.assert_array_equal(theirs, [1.0, 2.0])
     assert all(speed.shape == (1, 2) and (speed > 0).all() for speed in map(np.array, speeds.values()))
@@ -155,7 +155,7 @@ def test_throughput_is_of_processor_time_on_one_core_and_of_the_clock_on_all():
     lines = throughput.report({"task": found | {"demonstrations": throughput.summarise(speeds, 1)}}, 2).splitlines()
     assert lines[2].startswith("| task | 2 | 10 | 20 | 5.00 (5.00 to 5.00) | 0.50 (0.50 to 0.50) | 30 | 15.00 (15.00 to 15.00) | 1.50")
     assert lines[3].startswith("| task, 2 cores | 2 | 12 | 16 | 6.00") and lines[4].startswith("| task, demonstrations | 2 | 10 | 20 |")
-    assert all(line.count("|") == 10 for line in lines[:5])
+    assert all(line.count("|") == 13 for line in lines[:5])
 
 
 @needs_warp

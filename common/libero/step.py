@@ -1,7 +1,8 @@
 """The compiled control step: MuJoCo's C library, LIBERO's controller, the goal and the observation without a Python lock.
 
-One control step (20 Hz) is 25 physics substeps (fewer if asked) of `mj_step1`, OSC_POSE, `mj_step2`, then the goal and the observation. Everything that
-numba compiles is in this one file, because its cache of compiled code notices changes of the file that a function is in, not of others.
+One control step (20 Hz) is 25 physics substeps (fewer if asked) of `mj_step1`, OSC_POSE, `mj_step2`, then the goal and the observation.
+Everything that numba compiles is in this one file, because its cache of compiled code notices changes of the file that a function is
+in, not of others.
 """
 
 from __future__ import annotations
