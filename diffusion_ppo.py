@@ -17,6 +17,9 @@ docs/diffusion_ppo.md explains every metric and implementation detail.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import common.start  # noqa: F401  (Ctrl-C amid the imports below is one line)
+
 import copy
 import dataclasses
 import math

@@ -13,6 +13,9 @@ The model and its losses are one file, common/vla_model.py. docs/vla_finetune.md
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import common.start  # noqa: F401  (Ctrl-C amid the imports below is one line)
+
 import contextlib
 import copy
 import dataclasses

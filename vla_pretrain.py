@@ -13,6 +13,9 @@ vla_finetune.py fine-tunes and evaluates what comes out. docs/vla_pretrain.md ex
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import common.start  # noqa: F401  (Ctrl-C amid the imports below is one line)
+
 import contextlib
 import copy
 import dataclasses

@@ -35,6 +35,9 @@ def run_command(main: Callable[[], None]) -> None:
     """Run `main`; what the machine lacks (space, a disk that can be written, memory, files) and a `UserError` become one line on stderr and
     exit code 2, Ctrl-C one line and 130. A second Ctrl-C does not wait for anything."""
     try:
+        with contextlib.suppress(ValueError):  # not the main thread
+            if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # till now `common.start`'s
         main()
     except UserError as error:
         sys.exit(_fail(str(error)))

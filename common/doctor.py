@@ -32,6 +32,15 @@ FILES = {  # requirement files -> how they are installed
 }
 # What can be missing, and what then is missing, too; everything else is needed.
 OPTIONAL = {"mujoco-warp": "physics on a GPU", "warp-lang": "pictures", "imageio": "videos", "pytest": "tests"}
+EXTRAS = {  # what only single flags and commands need, and how it is installed
+    "pyarrow": ("python -m common.lerobot", "pip install -r requirements-lerobot.txt"),
+    "websockets": ("vla_finetune.py --policy ws://HOST:PORT", "pip install -r requirements-policies.txt"),
+    "msgpack": ("vla_finetune.py --policy ws://HOST:PORT", "pip install -r requirements-policies.txt"),
+    "wandb": ("--track", "pip install wandb"),
+    "rerun-sdk": ("python -m common.view --rrd FILE", "pip install rerun-sdk"),
+    "transformers": ("vla_pretrain.py --vision, --text", "pip install transformers"),
+    "ray": ("python -m common.sweep --address", "pip install ray"),
+}
 CPU_FEATURES = {"avx2": "AVX2", "avx512f": "AVX512", "avx512_bf16": "AVX512-bf16", "amx_bf16": "AMX-bf16"}
 VARIABLES = ("RL_DATA_ENGINE_CACHE", "XDG_CACHE_HOME", "MUJOCO_GL", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 SCRIPTS = ("dlr_discover", "gaussian_ppo", "diffusion_ppo", "vla_pretrain", "vla_finetune")
@@ -43,7 +52,7 @@ def examine() -> dict[str, Any]:
     would be good to have."""
     problems: list[dict[str, str]] = []
     hints: list[dict[str, str]] = []
-    found = {"machine": machine(), "packages": packages(problems, hints)}
+    found = {"machine": machine(), "packages": packages(problems, hints), "extras": extras()}
     whole = not problems  # else most of what follows would only say so again
     if sys.version_info[:2] < PYTHON:
         problems.append({"what": f"Python {platform.python_version()} is too old", "mend": "install Python 3.10 or later"})
@@ -124,11 +133,7 @@ def packages(problems: list, hints: list) -> dict[str, dict[str, str | None]]:
     for file, install in FILES.items():
         rows = {}
         for name, pinned in pins((ROOT / file).read_text()).items():
-            try:
-                version = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                version = None
-            rows[name] = {"pinned": pinned, "found": version}
+            rows[name] = {"pinned": pinned, "found": installed(name)}
         listed[file] = rows
         missing = [name for name, row in rows.items() if row["found"] is None]
         if file == "requirements-assets.txt":
@@ -142,6 +147,19 @@ def packages(problems: list, hints: list) -> dict[str, dict[str, str | None]]:
         if other:
             hints.append({"what": f"other versions than those tested: {', '.join(other)}", "mend": install})
     return listed
+
+
+def extras() -> dict[str, dict[str, str | None]]:
+    """Package of `EXTRAS` -> {"for", "install", "found" (None: not installed)}."""
+    return {name: {"for": what, "install": install, "found": installed(name)} for name, (what, install) in EXTRAS.items()}
+
+
+def installed(name: str) -> str | None:
+    """A package's version."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def same(pinned: str, found: str) -> bool:
@@ -284,6 +302,12 @@ def size(number: float) -> str:
     return f"{number:.1f} GB"
 
 
+def table(rows: list[tuple[str, ...]]) -> list[str]:
+    """Lines of columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 def report(found: dict[str, Any]) -> str:
     """One screen of text."""
     here, drawn, folder = found["machine"], found["pictures"], found["disk"]
@@ -314,8 +338,9 @@ def report(found: dict[str, Any]) -> str:
     if found["scripts"]:
         heads = ("learner", "simulator", "pictures", "assets", "demos")
         rows = [("Without flags", *heads), *((name, *(used.get(head, "-") for head in heads)) for name, used in found["scripts"].items())]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        text += ["", *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)]
+        text += ["", *table(rows)]
+    rows = [(name, row["found"] or "-", row["for"], "" if row["found"] else row["install"]) for name, row in found["extras"].items()]
+    text += ["", *table([("Only for", "", "", ""), *rows])]
     for title, rows in (("Good to have", found["hints"]), ("Needed", found["problems"])):
         if rows:
             text += ["", title, *(line for row in rows for line in (f"  {row['what']}", f"    -> {row['mend']}"))]

@@ -75,7 +75,7 @@ def path_length(trajectory: np.ndarray) -> float:
     return float(np.linalg.norm(np.diff(trajectory, axis=0), axis=1).sum())
 
 
-@numba.njit(nogil=True)
+@numba.njit(nogil=True, cache=True)
 def _dtw(a, b):  # (n, D), (m, D) -> float
     m = len(b)
     above, above_steps = np.full(m + 1, np.inf), np.zeros(m + 1, np.int64)
@@ -98,7 +98,7 @@ def _dtw(a, b):  # (n, D), (m, D) -> float
     return above[m] / above_steps[m]
 
 
-@numba.njit(nogil=True)
+@numba.njit(nogil=True, cache=True)
 def _pairwise_dtw(x):  # (N, points, D) -> (N, N)
     out = np.zeros((len(x), len(x)))
     for i in range(len(x)):

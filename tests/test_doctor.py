@@ -83,6 +83,25 @@ def test_packages_missing_and_other(monkeypatch):
     assert "numpy 1.0 (pinned: " in other and "torch" not in other and listed["h5py"]["found"] is None
 
 
+def test_what_single_flags_need(monkeypatch):
+    real, there = importlib.metadata.version, {"pyarrow": "26.0.1"}
+
+    def version(name):
+        if name in doctor.EXTRAS and name not in there:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return there.get(name) or real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = doctor.extras()
+    assert found["pyarrow"]["found"] == "26.0.1" and found["wandb"]["found"] is None
+    lines = doctor.table([(name, row["found"] or "-", row["for"], row["install"]) for name, row in found.items()])
+    assert any(line.split() == ["wandb", "-", "--track", "pip", "install", "wandb"] for line in lines)
+    files = {name for name in ("lerobot", "policies") for name in doctor.pins((ROOT / f"requirements-{name}.txt").read_text())}
+    assert files < set(found)  # and what the scripts' own messages say
+    for path, package in (("common/runs.py", "wandb"), ("common/view.py", "rerun-sdk"), ("common/sweep/jobs.py", "ray")):
+        assert found[package]["install"] in (ROOT / path).read_text()
+
+
 def test_assets_that_are_none(monkeypatch, tmp_path):
     monkeypatch.setenv("LIBERO_ASSETS", str(tmp_path / "nowhere"))
     problems, hints = [], []

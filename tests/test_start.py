@@ -1,9 +1,10 @@
-"""What must not stop a start: a cache or checkout that cannot be written, a user without a home."""
+"""What must not stop a start: a cache or checkout that cannot be written, a user without a home. And what stops it, in one line."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -82,3 +83,32 @@ def test_a_checkout_and_a_home_that_cannot_be_written(tmp_path):
     cache = tmp_path / "tmp" / f"rl-data-engine-{os.getuid()}"
     assert result.stdout.split() == [str(tmp_path / "common" / "__init__.py"), str(cache / "numba")]
     assert result.stderr.count("set RL_DATA_ENGINE_CACHE") == 1
+
+
+COMMANDS = [
+    ["dlr_discover.py"],
+    ["gaussian_ppo.py"],
+    ["diffusion_ppo.py"],
+    ["vla_pretrain.py"],
+    ["vla_finetune.py"],
+    ["-m", "common.sweep"],
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=[words[-1] for words in COMMANDS])
+def test_a_signal_amid_the_imports_is_one_line(tmp_path, command):
+    for name in ("numpy", "torch", "tyro"):  # those that take long, and here for ever
+        (tmp_path / f"{name}.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    for number, said in ((signal.SIGINT, "interrupted\n"), (signal.SIGTERM, "terminated\n")):
+        with subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env={name: value for name, value in os.environ.items() if name != "MUJOCO_GL"} | {"PYTHONPATH": str(tmp_path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored where tests are in the background
+        ) as process:
+            assert process.stdout.readline() == "importing\n", process.stderr.read()
+            process.send_signal(number)
+            assert (process.stderr.read(), process.wait()) == (said, 128 + number)

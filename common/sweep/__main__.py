@@ -5,6 +5,9 @@ Stopped at any time, in whatever way, the same command goes on. docs/sweep.md sa
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import common.start  # noqa: F401  (Ctrl-C amid the imports below is one line)
+
 import collections
 import dataclasses
 import errno
