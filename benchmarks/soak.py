@@ -1,7 +1,7 @@
 """Does a process that runs for long stay as it is? Memory, open files and threads over a million environment steps, ten thousand resets and
 a thousand batches of pictures, one after the other in this process.
 
-    python -m benchmarks.soak --json docs/results/soak.json      # an hour of two cores
+    python -m benchmarks.soak --json docs/results/soak.json      # half an hour of a core
     python -m benchmarks.soak --steps 100000 --resets 2000 --batches 100
 
 Of each kind of work the first tenth warms up (caches fill, pages are touched). From there on, files and threads must not change, and memory
@@ -14,12 +14,14 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tyro
 
 from common.cli import Count, UserError, check_ranges, run_command
 from common.libero import load_task, make_env
+from common.libero.make import choose_physics
 from common.libero.renderers import make_renderer
 from common.runs import Progress, versions, write_json
 
@@ -40,6 +42,8 @@ class Args:
     """batches of as many pictures as there are environments"""
     num_envs: Count = 16
     """parallel environments"""
+    physics: Literal["auto", "exact", "sleep", "coarse"] = "auto"
+    """of steps and resets; auto: training's"""
     image_size: Count = 128
     """pixels of a picture's side"""
     json: Path | None = None
@@ -102,7 +106,7 @@ def report(found: dict[str, list[dict]]) -> str:
 def measure(args: Args, progress: Progress) -> dict[str, list[dict]]:
     task = load_task(args.task, args.assets)
     rng, found = np.random.default_rng(0), {}
-    env = make_env(task, args.num_envs, seed=0)
+    env = make_env(task, args.num_envs, seed=0, physics=args.physics)
     env.reset(seed=0)
 
     def step(done: int) -> int:
@@ -135,7 +139,7 @@ def main() -> None:
         raise UserError("too little to tell: at least 40 batches, and 40 steps and resets of each environment")
     found = measure(args, Progress())
     if args.json is not None:
-        write_json(args.json, {"task": args.task, "versions": versions(), "rows": found})
+        write_json(args.json, {"task": args.task, "physics": choose_physics(args.physics, "cpu"), "versions": versions(), "rows": found})
     print(report(found))
     if wrong := leaks(found):
         raise UserError(f"not flat: {'; '.join(wrong)}")
