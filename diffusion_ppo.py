@@ -567,22 +567,23 @@ class Reinforce(rollout.Trainer):
         chunks = np.zeros((env.num_envs, *agent.shape), np.float32)
         used = np.full(env.num_envs, args.execute)
         lengths, denoise, began = [], compiled(Agent.denoise, args.compile), time.perf_counter()
-        for t in range(args.num_steps):
-            obs[t] = random_shift(to_tensor(self.obs, device))  # the policy acts on the shifted picture, so the ratio is of one picture
-            due = np.flatnonzero(used >= args.execute)
-            if len(due):
-                paths[t, due], means[t, due] = denoise(agent, obs[t, due], floor)
-                chunks[due] = paths[t, due, -1].reshape(-1, *agent.shape).clamp(-1, 1).cpu().numpy()
-                decided[t, due], used[due] = 1.0, 0
-            self.obs, reward, term, trunc, info = env.step(chunks[np.arange(env.num_envs), used])
-            ended = term | trunc
-            used = np.where(ended, args.execute, used + 1)
-            next_obs[t] = to_tensor(self.obs, device)
-            if ended.any():
-                next_obs[t, ended] = to_tensor(info["final_obs"], device)[ended]
-            rewards[t], terminated[t], done[t] = (torch.as_tensor(x.astype(np.float32)) for x in (reward, term, ended))
-            self.outcomes[0].extend(term[ended].astype(float))
-            lengths += list(info["final_length"][ended]) if ended.any() else []
+        with rollout.acting(env):
+            for t in range(args.num_steps):
+                obs[t] = random_shift(to_tensor(self.obs, device))  # the policy acts on the shifted picture, so the ratio is of one picture
+                due = np.flatnonzero(used >= args.execute)
+                if len(due):
+                    paths[t, due], means[t, due] = denoise(agent, obs[t, due], floor)
+                    chunks[due] = paths[t, due, -1].reshape(-1, *agent.shape).clamp(-1, 1).cpu().numpy()
+                    decided[t, due], used[due] = 1.0, 0
+                self.obs, reward, term, trunc, info = env.step(chunks[np.arange(env.num_envs), used])
+                ended = term | trunc
+                used = np.where(ended, args.execute, used + 1)
+                next_obs[t] = to_tensor(self.obs, device)
+                if ended.any():
+                    next_obs[t, ended] = to_tensor(info["final_obs"], device)[ended]
+                rewards[t], terminated[t], done[t] = (torch.as_tensor(x.astype(np.float32)) for x in (reward, term, ended))
+                self.outcomes[0].extend(term[ended].astype(float))
+                lengths += list(info["final_length"][ended]) if ended.any() else []
         rollout_seconds, began = time.perf_counter() - began, time.perf_counter()
 
         begun = decided > 0

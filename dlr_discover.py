@@ -632,26 +632,27 @@ class Reinforce(rollout.Trainer):
         log_probs, rewards, terminated, done, bonus = (torch.zeros(shape, device=device) for _ in range(5))
         lengths, log_k, sample = [], math.log(len(self.alive)), compiled(Agent.sample, args.compile)
         began = time.perf_counter()
-        for t in range(args.num_steps):
-            obs[t] = random_shift(to_tensor(self.obs, device))  # the policy acts on the shifted picture, so the ratio is of one picture
-            z[t] = torch.as_tensor(self.z)
-            actions[t], means[t], log_probs[t] = sample(agent, obs[t], z[t])
-            self.obs, reward, term, trunc, info = env.step(actions[t].clamp(-1, 1).cpu().numpy())
-            ended = term | trunc
-            next_obs[t] = to_tensor(self.obs, device)
-            if ended.any():
-                next_obs[t, ended] = to_tensor(info["final_obs"], device)[ended]
-            rewards[t], terminated[t], done[t] = (torch.as_tensor(x.astype(np.float32)) for x in (reward, term, ended))
-            if args.mi_coef:
-                with torch.no_grad():  # r_div = log q(z|s) - log p(z)
-                    r_div = self.bonus_encoder(next_obs[t]).gather(1, z[t][:, None])[:, 0] + log_k
-                self.bonus_sums += r_div.cpu().numpy()
-                bonus[t] = r_div if args.mi_on == "all" else torch.as_tensor(self.bonus_sums * term, dtype=torch.float32)
-            for i in np.flatnonzero(ended):
-                self.outcomes[self.z[i]].append(float(term[i]))
-                lengths.append(int(info["final_length"][i]))
-            if ended.any():
-                self.begin(np.flatnonzero(ended))
+        with rollout.acting(env):
+            for t in range(args.num_steps):
+                obs[t] = random_shift(to_tensor(self.obs, device))  # the policy acts on the shifted picture, so the ratio is of one picture
+                z[t] = torch.as_tensor(self.z)
+                actions[t], means[t], log_probs[t] = sample(agent, obs[t], z[t])
+                self.obs, reward, term, trunc, info = env.step(actions[t].clamp(-1, 1).cpu().numpy())
+                ended = term | trunc
+                next_obs[t] = to_tensor(self.obs, device)
+                if ended.any():
+                    next_obs[t, ended] = to_tensor(info["final_obs"], device)[ended]
+                rewards[t], terminated[t], done[t] = (torch.as_tensor(x.astype(np.float32)) for x in (reward, term, ended))
+                if args.mi_coef:
+                    with torch.no_grad():  # r_div = log q(z|s) - log p(z)
+                        r_div = self.bonus_encoder(next_obs[t]).gather(1, z[t][:, None])[:, 0] + log_k
+                    self.bonus_sums += r_div.cpu().numpy()
+                    bonus[t] = r_div if args.mi_on == "all" else torch.as_tensor(self.bonus_sums * term, dtype=torch.float32)
+                for i in np.flatnonzero(ended):
+                    self.outcomes[self.z[i]].append(float(term[i]))
+                    lengths.append(int(info["final_length"][i]))
+                if ended.any():
+                    self.begin(np.flatnonzero(ended))
         rollout_seconds, began = time.perf_counter() - began, time.perf_counter()
 
         rewards += args.mi_coef * bonus

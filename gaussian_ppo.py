@@ -292,17 +292,18 @@ class Reinforce(rollout.Trainer):
         actions, means = (torch.zeros(*shape, 7, device=device) for _ in range(2))
         log_probs, rewards, terminated, done = (torch.zeros(shape, device=device) for _ in range(4))
         lengths, sample, began = [], compiled(Agent.sample, args.compile), time.perf_counter()
-        for t in range(args.num_steps):
-            obs[t] = random_shift(to_tensor(self.obs, device))  # the policy acts on the shifted picture, so the ratio is of one picture
-            actions[t], means[t], log_probs[t] = sample(agent, obs[t])
-            self.obs, reward, term, trunc, info = env.step(actions[t].clamp(-1, 1).cpu().numpy())
-            ended = term | trunc
-            next_obs[t] = to_tensor(self.obs, device)
-            if ended.any():
-                next_obs[t, ended] = to_tensor(info["final_obs"], device)[ended]
-            rewards[t], terminated[t], done[t] = (torch.as_tensor(x.astype(np.float32)) for x in (reward, term, ended))
-            self.outcomes[0].extend(term[ended].astype(float))
-            lengths += list(info["final_length"][ended]) if ended.any() else []
+        with rollout.acting(env):
+            for t in range(args.num_steps):
+                obs[t] = random_shift(to_tensor(self.obs, device))  # the policy acts on the shifted picture, so the ratio is of one picture
+                actions[t], means[t], log_probs[t] = sample(agent, obs[t])
+                self.obs, reward, term, trunc, info = env.step(actions[t].clamp(-1, 1).cpu().numpy())
+                ended = term | trunc
+                next_obs[t] = to_tensor(self.obs, device)
+                if ended.any():
+                    next_obs[t, ended] = to_tensor(info["final_obs"], device)[ended]
+                rewards[t], terminated[t], done[t] = (torch.as_tensor(x.astype(np.float32)) for x in (reward, term, ended))
+                self.outcomes[0].extend(term[ended].astype(float))
+                lengths += list(info["final_length"][ended]) if ended.any() else []
         rollout_seconds, began = time.perf_counter() - began, time.perf_counter()
 
         obs = obs.flatten(0, 1)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -410,6 +411,18 @@ def switch_weights(actions: np.ndarray, weight: float) -> np.ndarray:
     return np.where(switch, weight, 1.0).astype(np.float32)
 
 
+@contextlib.contextmanager
+def acting(env: gym.vector.VectorEnv) -> Iterator[None]:
+    """Torch on one thread while a policy acts on states: they are too few to share, and OpenMP's threads, which wait for the next
+    operation at full speed for a while, take the cores from the simulator."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads if isinstance(env.single_observation_space, gym.spaces.Dict) else 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def roll_out(env: LiberoVectorEnv, policy: Policy, jobs: Sequence[tuple[int, int]], tick: Callable[[Episode], Any]) -> list[Episode]:
     """Run one episode for each job (pattern, official init state, or -1 for a training reset) in an env without autoreset.
 
@@ -435,18 +448,19 @@ def roll_out(env: LiberoVectorEnv, policy: Policy, jobs: Sequence[tuple[int, int
         return env.reset(options=options)[0]
 
     obs = assign(np.arange(env.num_envs))
-    while (current >= 0).any():
-        actions, idle = policy(obs, patterns), current < 0
-        recorder.before()
-        obs, _, terminated, truncated, _ = env.step(actions, ~idle)
-        for i, episode in recorder.after(actions, terminated, truncated, ~idle):
-            pattern, init_state = jobs[current[i]]
-            episode.attrs.update(pattern=int(pattern), init_state=int(init_state))
-            episodes[current[i]] = episode
-            if tick(episode):
-                return episodes
-        if len(ended := np.flatnonzero((terminated | truncated) & ~idle)):
-            obs = assign(ended)
+    with acting(env):
+        while (current >= 0).any():
+            actions, idle = policy(obs, patterns), current < 0
+            recorder.before()
+            obs, _, terminated, truncated, _ = env.step(actions, ~idle)
+            for i, episode in recorder.after(actions, terminated, truncated, ~idle):
+                pattern, init_state = jobs[current[i]]
+                episode.attrs.update(pattern=int(pattern), init_state=int(init_state))
+                episodes[current[i]] = episode
+                if tick(episode):
+                    return episodes
+            if len(ended := np.flatnonzero((terminated | truncated) & ~idle)):
+                obs = assign(ended)
     return episodes
 
 
