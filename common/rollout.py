@@ -175,14 +175,16 @@ class Job:
         return rows
 
     def train(self, trainer: Trainer, policy: Policy, patterns: Sequence[int], note: Callable[[dict[str, float]], str]) -> None:
-        """Train to the end, or until `--stop-success` is reached: in training's last episodes, and then in half an evaluation from
-        training starts. Official init states are kept for the end: what had been stopped for on them would look too good."""
+        """Train to the end, or until `--stop-success` is reached: in training's last episodes, and then in an evaluation from training
+        starts, of half as many episodes a pattern as the final one, and twice as many in all. Official init states are kept for the end:
+        what had been stopped for on them would look too good."""
 
         def done() -> bool:
             if not trainer.promising:
                 return False
             trainer.looked = trainer.iteration
-            passes, each = functools.partial(succeeds, self.args.stop_success), max(1, self.args.eval_episodes // 2)
+            passes, episodes = functools.partial(succeeds, self.args.stop_success), self.args.eval_episodes
+            each = max(1, episodes // 2, 2 * episodes // len(patterns))
             self.eval_env.reset(seed=self.args.seed + 6)
             rows, _ = evaluate(self.eval_env, policy, patterns, each, self.run.progress, "can it stop?", passes, official=False)
             self.run.progress.say(f"after {trainer.env_steps} steps: {'not good enough yet' if rows is None else 'good enough to stop'}")
@@ -479,7 +481,7 @@ def evaluate(
 
     It ends, with None for the rows, as soon as `passes` would be False of the patterns' success rates even if all the rest succeeded.
     """
-    each = min(each, len(env.task.init_states))
+    each = min(each, len(env.task.init_states)) if official else each
     jobs = [(z, i if official else -1) for i in range(each) for z in patterns]
     progress.stage(stage, len(jobs))
     lengths: dict[int, list[int]] = {z: [] for z in patterns}  # of those that succeeded

@@ -474,7 +474,7 @@ def test_training_stops_when_training_and_evaluation_say_so(begin, monkeypatch, 
     run, seen = begin("--checkpoint-interval", "1000"), []
 
     def evaluate(env, policy, patterns, each, progress, stage, passes, official):
-        assert each == 25 and not official  # official init states are kept for the end
+        assert each == 50 and not official  # 100 in all; official init states are kept for the end
         seen.append(stage)
         return ([{"success_rate": rate} for rate in evaluated] if passes(evaluated) else None), []
 
