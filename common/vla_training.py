@@ -20,7 +20,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.cli import Count, Range, UserError, check_ranges, usable_cores
-from common.data.vla import ACTION_SIZE, CAMERAS, Chunks, Corpus, Order, batches, explained, read_corpora
+from common.data.vla import ACTION_SIZE, CAMERAS, Chunks, Corpus, Order, batches, corpus_files, explained, read_corpora
 from common.runs import Progress, Run, choose_device, load_checkpoint
 from common.vla_model import VLA
 
@@ -34,9 +34,9 @@ class TrainingArgs:
     """Flags that the VLA scripts share: the data, where to run, and how a batch is put together."""
 
     data: list[str] = dataclasses.field(default_factory=list)
-    """HDF5 files in LIBERO's layout with pictures (python -m common.libero.render adds them)"""
+    """HDF5 files in LIBERO's layout with pictures (python -m common.libero.render adds them), or folders of sweeps: all their corpora"""
     weights: list[float] = dataclasses.field(default_factory=list)
-    """how often an epoch shows each file's samples, one number a file in the order of --data (default: once)"""
+    """how often an epoch shows the samples of each file, or of a folder's files; one number for each of --data, in order (default: once)"""
     filter_key: str | None = None
     """of files with robomimic's filter keys, only the demonstrations that mask/KEY names"""
     drop_no_ops: bool = False
@@ -80,9 +80,11 @@ class TrainingArgs:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        self.data = [str(Path(path).absolute()) for path in self.data]  # so that a run can be resumed from another folder
         if self.weights and len(self.weights) != len(self.data):
             raise UserError(f"--weights needs one number for each of the {len(self.data)} files of --data, not {len(self.weights)}")
+        files = [corpus_files(path) for path in self.data]
+        self.weights = [weight for weight, of in zip(self.weights, files, strict=bool(self.weights)) for _ in of]
+        self.data = [str(path.absolute()) for of in files for path in of]  # so that a run can be resumed from another folder
         if any(not 0 <= w < math.inf for w in self.weights) or (self.weights and not any(self.weights)):
             raise UserError("--weights must be at least 0, and one of them more")
         if self.batch_size % (world_size() * self.accumulate):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,8 @@ from test_understand import before, masked, no_attributes
 
 from common.cli import UserError
 from common.data import write_episodes
-from common.data.vla import Chunks, fingerprint, read_corpora
+from common.data.vla import Chunks, corpus_files, fingerprint, read_corpora
+from common.vla_training import TrainingArgs
 
 NAME = "open_the_middle_drawer_of_the_cabinet"
 DRAWER = SimpleNamespace(**{**vars(TASK), "name": NAME, "bddl_file": f"/libero/bddl_files/libero_goal/{NAME}.bddl"})
@@ -42,6 +44,20 @@ def samples(path, **options):
 
 def single(chunks, index):
     return {key: value[0] for key, value in chunks[[index]].items()}
+
+
+def test_a_sweeps_folder_stands_for_its_corpora(path, tmp_path):
+    (tmp_path / "corpora.json").write_text(json.dumps([path.name, path.name]))
+    assert corpus_files(tmp_path) == [path, path] and corpus_files(path) == [path]
+    args = TrainingArgs(data=[str(path), str(tmp_path)], weights=[1.0, 0.5], batch_size=2, num_workers=0)
+    assert args.data == 3 * [str(path)] and args.weights == [1.0, 0.5, 0.5]
+    assert TrainingArgs(data=args.data, weights=args.weights).data == args.data  # as a resumed run has them
+    assert [corpus.lengths for corpus in args.read()] == 3 * [list(LENGTHS)]
+    (tmp_path / "corpora.json").write_text("[]")
+    with pytest.raises(UserError, match="has no corpus yet; python -m common.sweep"):
+        TrainingArgs(data=[str(tmp_path)])
+    with pytest.raises(UserError, match="is a folder without a sweep's corpora.json"):
+        TrainingArgs(data=[str(tmp_path.parent)])
 
 
 def copied(path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,24 @@ class Corpus:
     def lag(self) -> int:
         """What was seen before action t stands in row t - lag."""
         return 0 if self.file.before else 1
+
+
+def corpus_files(path: str | os.PathLike) -> list[Path]:
+    """The corpora of a sweep, where `path` is its folder (corpora.json in it says which); any other path is a file, itself.
+
+    UserError for another folder, and for a sweep that has no corpus yet.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    try:
+        names = json.loads((path / "corpora.json").read_text())
+        files = [path / name for name in names]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is a folder without a sweep's corpora.json; name HDF5 files") from error
+    if not files:
+        raise UserError(f"{path} has no corpus yet; python -m common.sweep --out {path} goes on with it")
+    return files
 
 
 def read_corpora(

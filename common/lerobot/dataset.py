@@ -20,7 +20,7 @@ from PIL import Image
 from common.cli import UserError, atomic_path
 from common.data.layout import as_text, opened, proprioception
 from common.data.understand import understand
-from common.data.vla import PROPRIO, Corpus, read_corpora
+from common.data.vla import PROPRIO, Corpus, corpus_files, read_corpora
 from common.lerobot import layout
 from common.lerobot.layout import CAMERAS, FPS, INDICES, Statistics, arrow
 from common.runs import Progress, write_json
@@ -70,7 +70,9 @@ def export(
     progress = progress or Progress()
     if out.exists():
         raise UserError(f"{out} exists; choose another folder")
-    corpora = read_corpora(paths, max_episodes, filter_key=filter_key, drop_no_ops=drop_no_ops)
+    corpora = read_corpora(
+        [file for path in paths for file in corpus_files(path)], max_episodes, filter_key=filter_key, drop_no_ops=drop_no_ops
+    )
     side, count = corpora[0].image_size, sum(len(corpus.demos) for corpus in corpora)
     if videos and side % 2:
         raise UserError(f"pictures of {side} x {side} pixels can't be H.264, whose sides are even; take --no-videos, or render others")
