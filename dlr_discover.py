@@ -285,15 +285,14 @@ def confirmed_patterns(x: np.ndarray, num_patterns: int, seed: int, say: Callabl
     labels, _ = cut_patterns(x, num_patterns)
     k, rng, found, members = labels.max() + 1, np.random.default_rng(seed), [], 0
     for _ in range(10 if k > 1 else 0):
-        halves = halve(labels, rng)
-        (own_a, centres_a), (own_b, centres_b) = (cut_patterns(x[half], k) for half in halves)
-        # a half's patterns have the name of the pattern that most of their demonstrations have
-        name_a, name_b = (
-            np.array([np.bincount(labels[half][own == z]).argmax() for z in range(own.max() + 1)])
-            for half, own in zip(halves, (own_a, own_b), strict=True)
-        )
-        for half, own, other, centres in ((halves[0], name_a[own_a], name_b, centres_b), (halves[1], name_b[own_b], name_a, centres_a)):
-            recognised = other[cdist(x[half], centres).argmin(1)]
+        halves, fits = halve(labels, rng), []
+        for half in halves:
+            own, centres = cut_patterns(x[half], k, least=2)  # two: three of a pattern, one of which strayed
+            # a half's patterns have the name of the pattern that most of their demonstrations have
+            names = np.array([np.bincount(labels[half][own == z]).argmax() for z in range(len(centres))])
+            fits.append((names[own], names, centres))
+        for half, (own, *_), (_, names, centres) in zip(halves, fits, fits[::-1], strict=True):
+            recognised = names[cdist(x[half], centres).argmin(1)]
             found.append(metrics.confusion_matrix(own, recognised, k))
             members = members + metrics.confusion_matrix(labels[half], recognised, k)
     found = np.array(found)

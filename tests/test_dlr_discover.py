@@ -232,6 +232,19 @@ def test_identical_demonstrations_are_one_pattern():
     assert (labels == 0).all()
 
 
+def test_strays_hide_no_way():
+    """Six demonstrations a way, so three in a half; every fifth demonstration makes a detour of decimetres that no other makes."""
+    rng, paths = np.random.default_rng(2), known_ways(8, 48, seed=2)
+    for path in paths[::5]:
+        detour = np.sin(np.pi * np.linspace(0, 1, len(path))[:, None] * rng.integers(2, 5)) * rng.normal(scale=0.2, size=3)
+        path[:, LAYOUT["eef_pos"]] += detour
+        for rows in (rows for name, rows in LAYOUT.items() if name.endswith("_to_eef")):
+            path[:, rows] -= detour
+    labels, _ = found_patterns(paths, 8)
+    straight = np.arange(48) % 5 != 0
+    assert metrics.adjusted_rand_index(labels[straight], np.arange(48)[straight] % 8) == 1.0
+
+
 @pytest.mark.parametrize("number", [1, 2, 5])
 def test_few_demonstrations_are_one_pattern(number):
     assert (found_patterns(known_ways(8, number, 0))[0] == 0).all()
