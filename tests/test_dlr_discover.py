@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
@@ -410,6 +411,7 @@ class Plane:
     """
 
     GOALS = np.array([[1.0, 0.6], [1.0, -0.6]])
+    single_observation_space = gym.spaces.Box(-np.inf, np.inf, (6,), np.float32)
 
     def __init__(self, num_envs=16, max_steps=14, radius=0.15, seed=0):
         self.num_envs, self.max_steps, self.radius = num_envs, max_steps, radius

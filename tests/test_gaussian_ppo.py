@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -289,6 +290,7 @@ class Plane:
     """
 
     GOAL = np.array([1.0, 0.6])
+    single_observation_space = gym.spaces.Box(-np.inf, np.inf, (4,), np.float32)
 
     def __init__(self, num_envs=16, max_steps=14, radius=0.15, seed=0):
         self.num_envs, self.max_steps, self.radius = num_envs, max_steps, radius

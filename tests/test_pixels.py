@@ -123,6 +123,8 @@ def with_pictures(plane: type) -> type:
     """A Plane whose observations are a picture of the point and the vectors to its goals as proprioception."""
 
     class PixelPlane(plane):
+        single_observation_space = pixel_space()
+
         def observations(self):
             state = super().observations()
             views = np.full((self.num_envs, 32, 32, 3), 60, np.uint8)
