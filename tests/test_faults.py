@@ -99,7 +99,7 @@ def quiet(monkeypatch):
     monkeypatch.setattr(faults.Progress, "say", lambda *_: None)
 
 
-def test_runs_outlive_every_fault(tmp_path, quiet, forkable):
+def test_runs_outlive_every_fault(tmp_path, quiet):
     possible = [fault for fault in faults.FAULTS if fault not in faults.VLA_ALONE]
     if os.getuid() != 0 or subprocess.run(["unshare", "-m", "true"]).returncode:  # what may not mount
         possible = [fault for fault in possible if fault not in ("disk full", "read-only")]
@@ -107,13 +107,13 @@ def test_runs_outlive_every_fault(tmp_path, quiet, forkable):
     assert faults.report(rows).splitlines() == ["| | toy |", "|---|---|", *(f"| {fault} | 1 of 1 |" for fault in possible)]
 
 
-def test_what_is_not_continued_exactly_is_found(tmp_path, quiet, forkable):
+def test_what_is_not_continued_exactly_is_found(tmp_path, quiet):
     (row,) = faults.campaign([Case("toy", forgetful, [])], ["kill"], 4, 0, tmp_path)
     assert row["sound"] < 4 and all("other weights" in line for line in row["wrong"])
     assert faults.report([row]).splitlines()[2] == f"| kill | {row['sound']} of 4 |"
 
 
-def test_damage_tracebacks_and_codes_are_found(tmp_path, forkable):
+def test_damage_tracebacks_and_codes_are_found(tmp_path):
     (tmp_path / "a.json").write_text('{"half')
     (tmp_path / "b.pt").write_bytes(b"half")
     (tmp_path / "c.hdf5").write_bytes(b"half")

@@ -64,19 +64,8 @@ def test_a_model_with_halved_textures(tmp_path):
     np.testing.assert_allclose(smaller.tex_data[: 16 * 16 * 3].reshape(-1, 3), [[200, 100, 50]] * 256, atol=1)
 
 
-def gl_library() -> str | None:
-    """The first GL backend with which MuJoCo draws here."""
-    code = "from common.libero.renderers import available; exit(not available('gl')[0])"
-    call = [sys.executable, "-c", code]
-    found = [gl for gl in ("egl", "osmesa") if subprocess.run(call, env=os.environ | {"MUJOCO_GL": gl}).returncode == 0]
-    return found[0] if found else None
-
-
-def test_gl_pictures_are_liberos_own(tmp_path):
+def test_gl_pictures_are_liberos_own(gl):
     """Pixel for pixel, where LIBERO's environment and our task have the same textures: those of the stand-ins are small."""
-    gl = gl_library()
-    if gl is None:
-        pytest.skip("needs a GL library: libegl1 or libosmesa6")
     code = """if True:
         from benchmarks.renderers import Args, compare_in_a_process, table
         args = Args(sizes=(32, 48), textures=(), assets="standin")

@@ -387,7 +387,7 @@ def test_small_textures_keep_their_colour_space(tmp_path, monkeypatch):
     picture = Image.new("RGB", (2 * build.TEXTURE_SIZE, 4 * build.TEXTURE_SIZE), (10, 100, 200))
     for name, chunks in (("plain.png", None), ("srgb.png", marked)):
         picture.save(tmp_path / name, pnginfo=chunks)
-        xml = build._shrink_textures(f'<mujoco><asset><texture name="t" type="2d" file="{tmp_path / name}"/></asset></mujoco>')
+        xml = build._shrink(f'<mujoco><asset><texture name="t" type="2d" file="{tmp_path / name}"/></asset></mujoco>')
         file = xml.split('file="')[1].split('"')[0]
         with Image.open(file) as small:
             assert small.size == (build.TEXTURE_SIZE // 2, build.TEXTURE_SIZE)

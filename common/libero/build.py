@@ -22,6 +22,7 @@ from common.suites import NUM_INIT_STATES, TaskFiles, find_task, read_init_state
 
 NUM_TRAIN_STATES = 256  # pre-sampled training resets a task
 TEXTURE_SIZE = 256  # pixels; LIBERO's full textures make 90 to 220 MB a model and change no physics
+MEMORY = "64M"  # what each simulation reserves for contacts, and how much of it
 
 
 def build_task(files: TaskFiles, folder: Path) -> Task:
@@ -32,7 +33,7 @@ def build_task(files: TaskFiles, folder: Path) -> Task:
     initialize = MujocoEnv._initialize_sim
 
     def initialize_small(self, xml_string: str | None = None) -> None:
-        self.set_xml_processor(_shrink_textures)
+        self.set_xml_processor(_shrink)
         initialize(self, xml_string)
 
     with mock.patch.object(MujocoEnv, "_initialize_sim", initialize_small):  # LIBERO compiles its model while it is constructed
@@ -83,9 +84,11 @@ def build_task(files: TaskFiles, folder: Path) -> Task:
     )
 
 
-def _shrink_textures(xml: str) -> str:
-    """Give every texture file of an MJCF text at most TEXTURE_SIZE pixels a side."""
+def _shrink(xml: str) -> str:
+    """An MJCF text with at most TEXTURE_SIZE pixels a side in every texture file, and MEMORY for its simulations."""
     root = ET.fromstring(xml)
+    for size in root.iter("size"):
+        size.attrib = {"memory": MEMORY}
     for texture in root.iter("texture"):
         file = texture.get("file")
         if file is not None and file.lower().endswith(".png"):
