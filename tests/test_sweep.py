@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -304,6 +306,51 @@ def test_memory_of_a_container(tmp_path):
     assert jobs._available_memory(tmp_path, tmp_path) == 4.0
 
 
+# ---------------------------------------------------------------------------------------------- storage
+
+
+def test_another_machine_goes_on_with_what_is_stored(tmp_path, script, capsys):
+    """The first machine is gone, with its disk: killed at once, without a word. The second one does again at most what was not stored."""
+    out, other, store = tmp_path / "out", tmp_path / "other", tmp_path / "store"
+    words = (script, "--tasks", *TASKS[:2], "--storage", f"file://{store}")
+    process = background(*words, "--out", out, "--", "--pause", "0.2")
+    wait_for(lambda: len([p for p in store.glob("*/*/steps") if len(p.read_text().split()) >= 4]) == 2)
+    process.kill()
+    process.join()
+    stored = {path.parents[1].name: json.loads(path.read_text())["step"] for path in store.glob("*/*/checkpoint.pt")}
+    wait_for(lambda: not any(job_process(out)))  # told by the kernel, they save and end
+    shutil.rmtree(out)
+    run(*words, "--out", other, "--", "--pause", "0.2")
+    assert values(other).items() <= truth(tmp_path, script).items() and len(values(other)) == 2
+    for path in other.glob("runs/*/*/steps"):
+        steps = [int(line) for line in path.read_text().split()]
+        assert sorted(set(steps)) == list(range(1, 13)) and len(steps) <= 12 + 3 and stored[path.parents[1].name] >= 3
+    assert {p.relative_to(store) for p in store.glob("*/*/corpus.hdf5")} == {
+        p.relative_to(other / "runs") for p in other.glob("runs/*/*/corpus.hdf5")
+    }
+    assert not list(store.rglob("*.part"))
+    third = tmp_path / "third"  # all is done, and comes from there
+    capsys.readouterr()
+    run(*words, "--out", third, "--", "--pause", "0.2")
+    assert values(third) == values(other) and "0 of 2 runs to do" in capsys.readouterr().err
+
+
+def job_process(out: Path) -> list[int]:
+    """Processes that work in `out`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found += [int(path.parent.name)] if str(out).encode() in path.read_bytes() else []
+    return found
+
+
+@pytest.mark.parametrize(("url", "message"), [("s4://x/y", "Protocol not known: s4"), ("file:///proc/x", "--storage file:///proc/x: ")])
+def test_a_storage_that_is_none(tmp_path, script, url, message):
+    with pytest.raises(UserError, match=message) as caught:
+        run(script, "--tasks", TASKS[0], "--out", tmp_path / "out", "--storage", url)
+    assert "\n" not in str(caught.value)
+
+
 # ---------------------------------------------------------------------------------------------- Ray
 
 
@@ -324,12 +371,15 @@ def command(tmp_path: Path, *words: object) -> subprocess.Popen:
         return subprocess.Popen([sys.executable, "-m", "common.sweep", *map(str, words)], stdout=subprocess.DEVNULL, stderr=err)
 
 
-def test_ray_node_dies(tmp_path, script, cluster):
-    """The runs of a node that is killed go on from their checkpoints on the other one."""
-    out = tmp_path / "out"
-    words = (script, "--tasks", *TASKS, "--out", out, "--memory", "0.1", "--address", cluster.address, "--", "--pause", "1")
-    sweep = command(tmp_path, *words)
-    wait_for(lambda: len([s for s in out.glob("runs/*/*/steps") if len(s.read_text().split()) > 3]) == 4, 300)
+@pytest.mark.parametrize("stored", [False, True])
+def test_ray_node_dies(tmp_path, script, cluster, stored, monkeypatch):
+    """The runs of a node that is killed go on from their checkpoints on the other one, out of the shared folder or out of a storage."""
+    out, store = tmp_path / "out", tmp_path / "store"
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    words = (script, "--tasks", *TASKS, "--out", out, "--memory", "0.1", "--address", cluster.address)
+    words += ("--storage", store) if stored else ()
+    sweep = command(tmp_path, *words, "--", "--pause", "1")
+    wait_for(lambda: len([s for s in (store if stored else out / "runs").glob("*/*/steps") if len(s.read_text().split()) > 3]) == 4, 300)
     cluster.remove_node(list(cluster.worker_nodes)[0], allow_graceful=False)
     assert sweep.wait(300) == 0
     assert values(out) == truth(tmp_path, script)

@@ -48,7 +48,7 @@ class Args:
     seeds: list[Annotated[int, Range(0)]] = dataclasses.field(default_factory=lambda: [1])
     """each task is run with each seed"""
     out: Path | None = None
-    """the sweep's folder (default: runs/sweep-SCRIPT); with --address, one that all nodes share"""
+    """the sweep's folder (default: runs/sweep-SCRIPT); with --address and no --storage, one that all nodes share"""
     report: bool = False
     """run nothing: sum up what is there"""
     time_limit: PositiveOrInf = math.inf
@@ -57,6 +57,8 @@ class Args:
     """CPU cores of a run (default: 1, or this machine's shared out among its GPUs)"""
     memory: Positive = 2.0
     """GB of memory that a run takes"""
+    storage: str | None = None
+    """where runs are copied to as they go on, and fetched from: s3://BUCKET/SWEEP, gs://..., or a folder, whatever fsspec knows"""
     address: str | None = None
     """a Ray cluster: auto (the one that this machine belongs to), HOST:PORT or ray://HOST:PORT (default: this machine alone)"""
 
@@ -69,7 +71,7 @@ def make_jobs(args: Args, settings: dict, out: Path, cores: int) -> list[Job]:
     jobs = []
     for task, seed in settings["jobs"]:
         folder = out.resolve() / "runs" / f"{task.replace('/', '-')}__{seed}"
-        jobs.append(Job(settings["script"], tuple(flags), task, seed, folder, cores, args.time_limit * 60))
+        jobs.append(Job(settings["script"], tuple(flags), task, seed, folder, cores, args.time_limit * 60, storage=args.storage))
     expected = estimate(jobs)
     return sorted(jobs, key=lambda job: -expected(job))
 
@@ -185,6 +187,7 @@ def run_all(jobs: list[Job], where: Machine | Cluster, out: Path) -> View:
             ended, _ = wait(futures, timeout=1.0, return_when=FIRST_COMPLETED)
             for future in ended:
                 job, outcome = futures.pop(future), future.result()
+                where.fetch(job)
                 if outcome == "done" or failures[job] or outcome.startswith("time limit"):
                     view.end(job, outcome)
                 else:
@@ -192,7 +195,7 @@ def run_all(jobs: list[Job], where: Machine | Cluster, out: Path) -> View:
                     view.say(f"{job.name}: failed, and will be tried once more: {outcome}")
                     futures[where.submit(job)] = job
             view.update(list(futures.values()))
-            where.check()
+            where.check(futures.values())
     except BaseException as error:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: os._exit(130))
@@ -238,6 +241,8 @@ def main() -> None:
         where = Cluster(args.address, *kind) if args.address else Machine(*kind)
         write_json(out / "sweep.json", settings)
         jobs = make_jobs(args, settings, out, where.cores)
+        for job in jobs:
+            where.fetch(job)
         view = run_all(jobs, where, out)
         print(report.write(out, settings, jobs))
     if view.failed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import math
 import os
@@ -13,12 +14,15 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from common.cli import Lock, UserError, atomic_path, lock, remove_leftovers, usable_cores
+from common.sweep.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[2]
 GRACE = 120.0  # seconds that a stopped run gets to end its iteration and save, before it is killed
@@ -47,6 +51,7 @@ class Job:
     cores: int
     limit: float  # seconds, all attempts together
     gpu: str | None = None  # which, if the sweep shares them out (Ray does so itself)
+    storage: str | None = None  # where the folder is copied to, and from
 
     @property
     def name(self) -> str:
@@ -93,8 +98,32 @@ class Job:
 def attempt(job: Job, stop: threading.Event | None = None) -> str:
     """Start the run, or go on with it, until it ends, `stop` is set, or its time is up. Returns how it ended, as `Job.attempts`.
 
+    With a storage it goes on with what is stored, and is copied there whenever it has saved, and in the end.
     OSError if the disk is full: the run isn't to blame.
     """
+    if job.storage is None:
+        return _attempt(job, stop)
+    storage, name, over = Storage(job.storage), job.folder.name, threading.Event()
+    storage.pull(name, job.folder)
+    if job.run is None:
+        storage.clear(name)
+
+    def copy() -> None:
+        while not over.wait(NOTE):
+            with contextlib.suppress(Exception):  # a store that can't be reached for a while; the last copy isn't made here
+                storage.push(name, job.folder)
+
+    copies = threading.Thread(target=copy)
+    copies.start()
+    try:
+        return _attempt(job, stop)
+    finally:
+        over.set()
+        copies.join()
+        storage.push(name, job.folder)
+
+
+def _attempt(job: Job, stop: threading.Event | None) -> str:
     stop = stop or threading.Event()
     job.folder.mkdir(parents=True, exist_ok=True)
     if (held := _wait_for_lock(job.folder / "lock", stop)) is None:
@@ -214,8 +243,13 @@ class Machine:
         finally:
             self.slots.put(gpu)
 
-    def check(self) -> None:
+    def check(self, jobs: Collection[Job]) -> None:
         """UserError if it has gone."""
+
+    def fetch(self, job: Job) -> None:
+        """Have in the run's folder what there is of it elsewhere."""
+        if job.storage:
+            Storage(job.storage).pull(job.folder.name, job.folder)
 
     def stop(self) -> None:
         """Have all runs save and end."""
@@ -244,7 +278,8 @@ def _available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/c
 class Cluster:
     """A Ray cluster: Ray places the runs by the cores, memory and GPUs that each takes, and starts those of a dead node on another.
 
-    The sweep's folder must be the same one on all nodes. This repository's code is sent along; the packages must be there.
+    The sweep's folder must be the same one on all nodes; or there is a storage, and nodes work in folders of their own. This repository's
+    code is sent along; the packages must be there.
     """
 
     def __init__(self, address: str, cores: int | None, memory: float, use_gpus: bool):
@@ -266,16 +301,32 @@ class Cluster:
         share = [resources.get(name, 0) / need for name, need in zip(("CPU", "memory", "GPU"), needs.values(), strict=True) if need]
         if (workers := int(min(share))) < 1:
             raise UserError(f"a run needs {needs}, and the Ray cluster at {address} has {resources}; give less --cores or --memory")
-        self.workers, self.gone = workers, False
+        self.workers, self.gone, self.fetched = workers, False, 0.0
         self.head = address if address.startswith("ray://") else ray.get_runtime_context().gcs_address
         self.attempt = ray.remote(**needs, max_retries=-1)(attempt)  # retried if its node dies, and only then
 
     def submit(self, job: Job) -> Future:
+        if job.storage:  # whoever works there finds it again
+            place = Path(tempfile.gettempdir()) / f"sweep-{hashlib.sha256(job.storage.encode()).hexdigest()[:10]}"
+            job = dataclasses.replace(job, folder=place / job.folder.name)
         self.refs.append(self.attempt.remote(job))
         return self.refs[-1].future()
 
-    def check(self) -> None:
-        """UserError if the head is gone. Ray would wait a minute for it, and then end this process in its own words."""
+    def fetch(self, job: Job) -> None:
+        """Have in the run's folder what there is of it elsewhere."""
+        if job.storage and not job.done:
+            Storage(job.storage).pull(job.folder.name, job.folder, force=True)
+
+    def check(self, jobs: Collection[Job]) -> None:
+        """UserError if the head is gone. Ray would wait a minute for it, and then end this process in its own words.
+
+        Of runs with a storage, what they say is copied here.
+        """
+        if time.monotonic() - self.fetched > 6 * NOTE:
+            self.fetched = time.monotonic()
+            for job in jobs:
+                if job.storage:
+                    Storage(job.storage).pull(job.folder.name, job.folder, only=["log.txt", "attempts.json"], force=True)
         try:
             _reach(self.head)
         except OSError as error:
