@@ -177,6 +177,7 @@ def test_recognition_beside_the_truth(demos, drawer_task, assets, tmp_path, monk
     episodes, asked = read_episodes(demos, drawer_task), []
     monkeypatch.setattr(recognition, "load_or_collect", lambda *args, **how: asked.append((args[1:], how)) or episodes)
     flags = ["--tasks", "libero_goal/0", "--assets", assets, "--num-demos", "16", "--held-out", "4", "--seeds", "1"]
+    flags += ["--figure", str(tmp_path / "dots.png")]
     monkeypatch.setattr(sys, "argv", ["recognition", *flags, "--json", str(tmp_path / "rows.json")])
     for _ in range(2):  # the second time from the file
         run_command(recognition.main)
@@ -185,6 +186,14 @@ def test_recognition_beside_the_truth(demos, drawer_task, assets, tmp_path, monk
         assert asked == [((20,), {"seed": recognition.DEMO_SEED, "physics": "sleep"})]
     (row,) = json.loads((tmp_path / "rows.json").read_text())
     assert row["assets"] == drawer_task.assets and [seed["demonstrations"] for seed in row["seeds"]] == [[8, 8]]
+    assert (tmp_path / "dots.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_recognition_takes_sixty_tasks():
+    names = recognition.sixty_tasks()
+    assert (
+        len(set(names)) == 60 and names[:2] == ["libero_spatial/0", "libero_spatial/1"] and names[-2:] == ["libero_90/81", "libero_90/85"]
+    )
 
 
 def test_recognition_reports_the_bar():
@@ -200,12 +209,15 @@ def test_recognition_reports_the_bar():
         }
         return {"task": task, "ways": 2, "seeds": [seed, seed | {"k": 3}]}
 
-    lines = recognition.report([row("a", 0.95, 1.0, 1.0), row("b", 0.8, 0.96, 0.9), row("c", 0.45, 0.5, 0.8), row("d", 0.1, 0.9, 1.0)])
-    assert "| a | 2 | 2, 3 | 1.00 | 1.00 | 0.95 | 1.00 | 1.00 | 1.29 | 100% |" in lines
-    assert (
-        "Discover has 0.9 in 1 of 2 tasks; elsewhere at least 0.85 of its index in 1 of 2. The weakest pattern kept has strength 0.80."
-        in lines
+    lines = recognition.report(
+        [row("a", 0.95, 1.0, 1.0), row("b", 0.8, 0.96, 0.9), row("libero_90/9", 0.45, 0.5, 0.8), row("d", 0.1, 0.9, 1.0)]
     )
+    assert "| a | 2 | 2, 3 | 1.00 | 1.00 | 0.95 | 1.00 | 1.00 | 1.29 | 100% |" in lines
+    bar = (
+        "where the classifier has 0.95, Discover has 0.9 in {} tasks; elsewhere at least 0.85 of its index in {}. The weakest pattern kept"
+    )
+    assert "All: " + bar.format("1 of 2", "1 of 2") + " has 0.80." in lines
+    assert "Not developed on: " + bar.format("1 of 2", "0 of 1") + " has 0.90." in lines
 
 
 def test_the_classifier_that_is_told_the_truth_is_linear():
@@ -225,7 +237,7 @@ def test_refused(capsys, tmp_path):
     assert "can't be read as a file of --json" in refused(
         demonstrator, capsys, tmp_path, "--tasks", "libero_goal/0", "--beside", "nothing.json"
     )
-    assert "name either --tasks or --suite" in refused(recognition, capsys, tmp_path)
+    assert "name either --tasks or --suite" in refused(recognition, capsys, tmp_path, "--tasks", "libero_goal/0", "--suite", "libero_10")
     assert "name at least one HDF5 file" in refused(frames, capsys, tmp_path, "--out", str(tmp_path / "x.png"))
     with pytest.raises(UserError, match="is not the folder of a finished run"):
         fidelity.load_policy(tmp_path, None)
