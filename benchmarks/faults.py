@@ -19,10 +19,11 @@ The others are a share of the CPU time that an undisturbed run takes. A trial is
   - continued (`--resume`; from the start if there was no checkpoint yet), it ends with the weights, the corpus and the success of a run
     that nothing has happened to, bit for bit, and nothing else lies in its folder.
 
-    python -m benchmarks.faults --trials 50 --json docs/results/faults.json      # an hour or two of two cores
+    python -m benchmarks.faults --json docs/results/faults.json                  # an hour of a core; stopped, it goes on there
     python -m benchmarks.faults --scripts gaussian_ppo --faults kill --trials 2  # a minute
 
-Runs are forked off a process that has imported what they need: an import takes longer than they do. Linux; full disks need root.
+Runs, and those that a sweep starts, are forked off a process that has imported what they need: that takes longer than they do, and is the
+same every time. Linux; full disks need root.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib
+import inspect
 import json
 import multiprocessing.util
 import os
 import pickle
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -54,7 +57,7 @@ import torch
 import torch._dynamo  # which an optimizer imports, and which takes longer than all else
 import tyro
 
-from common.cli import Count, UserError, check_ranges, run_command
+from common.cli import Count, UserError, atomic_path, check_ranges, run_command
 from common.runs import Progress, versions, write_json
 
 SCRIPTS = ["dlr_discover", "gaussian_ppo", "diffusion_ppo", "vla_pretrain", "vla_finetune", "sweep"]
@@ -84,11 +87,13 @@ class Args:
     faults: list[str] = dataclasses.field(default_factory=lambda: list(FAULTS))
     """which faults"""
     trials: Count = 50
-    """moments of each fault, each script"""
+    """moments of each script, the faults in turn"""
     seed: int = 0
     """seed of the moments"""
     json: Path | None = None
-    """write the table here, after every row"""
+    """write each trial's outcome here, and do not do again those that are there"""
+    data: Path | None = None
+    """a folder for what all runs learn from, which takes a minute to make: what is there is taken"""
     assets: str | None = None
     """a folder, libero (its own or none) or standin (default: $LIBERO_ASSETS, else LIBERO's own, else stand-ins)"""
 
@@ -160,39 +165,94 @@ class Moments:
 
 
 def start(case: Case, command: list[str], log: Path, at: int | None = None, act: Callable[[], None] = lambda: None) -> int:
-    """Fork a process that runs the script; its output goes to `log`, the number of its writes to `log`.count. Returns its id."""
+    """Fork a process that runs the script; its output goes to `log`, what it did besides to `log`.seen. Returns its id."""
     if pid := os.fork():
         return pid
+    os.setsid()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for number, target in ((os.open(os.devnull, os.O_RDONLY), 0), (output, 1), (output, 2)):
+        os.dup2(number, target)
+    moments = Moments(at, act)
+    if case.name == "sweep":
+        subprocess.Popen = forking(moments)
+
+    def seen() -> None:
+        with contextlib.suppress(OSError):
+            modules = [name for name, module in list(sys.modules.items()) if getattr(module, "__spec__", None)]
+            log.with_suffix(".seen").write_text(json.dumps({"writes": moments.count, "modules": modules}))
+
+    be_a_process(lambda: run_command(case.main), [f"{case.name}.py", *command], seen)
+
+
+def be_a_process(main: Callable[[], None], argv: list[str], ended: Callable[[], None] = lambda: None) -> None:
+    """In a forked process: what an interpreter does around `main`, from signals to the exit code."""
     code = 1
     try:
-        os.setsid()
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        for number in (1, 2):
-            os.dup2(output, number)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sys.unraisablehook = sys.__unraisablehook__  # not pytest's
         atexit._clear()
         atexit.register(multiprocessing.util._exit_function)
-        sys.argv = [f"{case.name}.py", *command]
-        moments = Moments(at, act)
+        sys.argv = argv
         try:
-            run_command(case.main)
+            main()
             code = 0
         except SystemExit as exit_:
             code = exit_.code if isinstance(exit_.code, int) else 0 if exit_.code is None else 1
         finally:
             threading._shutdown()  # what ends an interpreter
             atexit._run_exitfuncs()
-        with contextlib.suppress(OSError):
-            log.with_suffix(".count").write_text(str(moments.count))
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        ended()
     except BaseException:
         traceback.print_exc()
     finally:
         with contextlib.suppress(BaseException):
             sys.stderr.flush()
         os._exit(code)
+
+
+def forking(moments: Moments) -> type:
+    """In a sweep's process: subprocess.Popen, but `python -c CODE ...` is a fork of this process instead of a new interpreter, and a script
+    that CODE executes is run in it."""
+    Popen = subprocess.Popen
+    names = inspect.signature(Popen._execute_child)
+
+    class Forking(Popen):
+        def _execute_child(self, *values) -> None:
+            told = names.bind(self, *values).arguments
+            words = list(told["args"]) if not isinstance(told["args"], str) else []
+            if words[:2] != [sys.executable, "-c"]:
+                return super()._execute_child(*values)
+            if pid := os.fork():
+                self.pid, self._child_created = pid, True
+                for name, ours in (("p2cread", "p2cwrite"), ("c2pwrite", "c2pread"), ("errwrite", "errread")):
+                    if told[name] != -1 and told[name] != told[ours] and told[ours] != -1:
+                        os.close(told[name])
+                return
+            moments.at = None
+            if told["start_new_session"]:
+                os.setsid()
+            for name, number in (("p2cread", 0), ("c2pwrite", 1), ("errwrite", 2)):
+                if told[name] != -1:
+                    os.dup2(told[name], number)
+            kept = {0, 1, 2, *told["pass_fds"]}
+            for number in (int(name) for name in os.listdir("/proc/self/fd") if int(name) not in kept):
+                with contextlib.suppress(OSError):
+                    os.close(number)
+            os.environ.clear()
+            os.environ.update(told["env"])
+            sys.path[:0] = told["env"].get("PYTHONPATH", "").split(os.pathsep)
+
+            def execute(_, command: list[str]) -> None:
+                sys.argv = command[1:]
+                runpy.run_path(command[1], run_name="__main__")
+
+            os.execv = execute
+            be_a_process(lambda: exec(words[2], {"__name__": "__main__"}), ["-c", *words[3:]])
+
+    return Forking
 
 
 def cpu_seconds(pid: int) -> float:
@@ -403,10 +463,15 @@ def undisturbed(case: Case, folder: Path) -> None:
         code, case.cpu = wait(start(case, case.command(folder / name), log))
         if wrong := complaint(log, code, {0}):
             raise UserError(f"{case.name} does not run: {wrong}")
+        seen = json.loads((folder / f"{name}.seen").read_text())
+        case.writes = seen["writes"]
+        for module in seen["modules"]:  # for the forks that follow
+            with contextlib.suppress(Exception):
+                importlib.import_module(module)
         found.append(outcome(folder / name))
     if found[0] != found[1]:
         raise UserError(f"two undisturbed runs of {case.name} differ")
-    case.expected, case.writes = found[0], int((folder / "second.count").read_text())
+    case.expected = found[0]
 
 
 # ---------------------------------------------------------------------------------------------- the campaign
@@ -425,15 +490,16 @@ def cases(names: list[str], folder: Path, assets: str | None) -> list[Case]:
         task = load_task("libero_goal/0", assets)
         ways = [collect(task, 8, strategy=way, progress=False) for way in (0, 1)]  # few ways, which little training learns
         write_demonstrations(demos, task, [episode for pair in zip(*ways, strict=True) for episode in pair])
-        if any(name.startswith("vla") for name in names):
-            shutil.copy(demos, corpus)
-            add_images(corpus, 32, assets=assets)
+        with atomic_path(corpus) as temporary:
+            shutil.copy(demos, temporary)
+            add_images(temporary, 32, assets=assets)
 
-    maker = Case("make", make, [])
-    log = folder / "make.log"
-    code, _ = wait(start(maker, [], log))
-    if wrong := complaint(log, code, {0}):
-        raise UserError(f"no demonstrations: {wrong}")
+    if not demos.exists() or not corpus.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / "make.log"
+        code, _ = wait(start(Case("make", make, []), [], log))
+        if wrong := complaint(log, code, {0}):
+            raise UserError(f"no demonstrations: {wrong}")
     found = []
     for name in names:
         module = importlib.import_module("common.sweep.__main__" if name == "sweep" else name)
@@ -444,35 +510,47 @@ def cases(names: list[str], folder: Path, assets: str | None) -> list[Case]:
     return found
 
 
-def report(rows: list[dict]) -> str:
+def report(trials: list[dict]) -> str:
     """Sound trials of all, faults down and scripts across, as markdown; then what was wrong."""
-    scripts = list(dict.fromkeys(row["script"] for row in rows))
+    scripts, faults = (list(dict.fromkeys(row[key] for row in trials)) for key in ("script", "fault"))
+
+    def cell(**chosen: str) -> str:
+        rows = [row for row in trials if all(row[key] == value for key, value in chosen.items())]
+        return f"{sum(row['wrong'] is None for row in rows)} of {len(rows)}" if rows else ""
+
     lines = [f"| | {' | '.join(scripts)} |", "|---" * (len(scripts) + 1) + "|"]
-    for fault in dict.fromkeys(row["fault"] for row in rows):
-        cells = {row["script"]: f"{row['sound']} of {row['trials']}" for row in rows if row["fault"] == fault}
-        lines.append(f"| {fault} | {' | '.join(cells.get(script, '') for script in scripts)} |")
-    wrong = [f"- {row['script']}, {row['fault']}: {line}" for row in rows for line in row["wrong"]]
+    lines += [f"| {fault} | {' | '.join(cell(script=script, fault=fault) for script in scripts)} |" for fault in faults]
+    lines.append(f"| all | {' | '.join(cell(script=script) for script in scripts)} |")
+    wrong = [f"- {row['script']}, trial {row['trial']}, {row['fault']}: {row['wrong']}" for row in trials if row["wrong"]]
     return "\n".join([*lines, *([""] if wrong else []), *wrong])
 
 
 def campaign(found: list[Case], faults: list[str], trials: int, seed: int, folder: Path, json_path: Path | None = None) -> list[dict]:
-    """A row for each script and fault."""
+    """A row for each trial of each script. Those in `json_path` are taken from there; an unsound trial leaves its folder and log."""
     rows, progress = [], Progress()
+    if json_path is not None and json_path.exists():
+        then = json.loads(json_path.read_text())
+        if then["seed"] != seed:
+            raise UserError(f"{json_path} is of --seed {then['seed']}, not {seed}; choose another --json")
+        rows = then["trials"]
     for case in found:
+        mine = [fault for fault in faults if case.data or fault not in VLA_ALONE]
+        done = {(row["trial"], row["fault"]) for row in rows if row["script"] == case.name}
+        todo = [(k, mine[k % len(mine)]) for k in range(trials) if (k, mine[k % len(mine)]) not in done]
+        if not todo:
+            continue
         undisturbed(case, folder / case.name)
-        for fault in (f for f in faults if case.data or f not in VLA_ALONE):
-            rng, wrong = np.random.default_rng([seed, *case.name.encode(), *fault.encode()]), []
-            progress.stage(f"{case.name}, {fault}", trials)
-            for k in range(trials):
-                place = folder / case.name / f"{fault.replace(' ', '-')}-{k}"
-                if (said := trial(case, fault, place, rng)) is not None:
-                    wrong.append(f"trial {k}: {said}")
-                elif place.exists():
-                    shutil.rmtree(place)
-                progress.update(1, f"{k + 1 - len(wrong)} sound")
-            rows.append({"script": case.name, "fault": fault, "trials": trials, "sound": trials - len(wrong), "wrong": wrong})
+        progress.stage(case.name, trials, trials - len(todo))
+        for k, fault in todo:
+            place = folder / case.name / f"{k}-{fault.replace(' ', '-')}"
+            said = trial(case, fault, place, np.random.default_rng([seed, k, *case.name.encode()]))
+            if said is None:
+                for path in place.parent.glob(f"{place.name}*"):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            rows.append({"script": case.name, "trial": k, "fault": fault, "wrong": said})
             if json_path is not None:
-                write_json(json_path, {"seed": seed, "versions": versions(), "rows": rows})
+                write_json(json_path, {"seed": seed, "versions": versions(), "trials": rows})
+            progress.update(1, f"{sum(row['wrong'] is not None for row in rows if row['script'] == case.name)} unsound")
     progress.close()
     return rows
 
@@ -485,9 +563,10 @@ def main() -> None:
             raise UserError(f"--{name}: no {unknown[0]!r}; choose from {', '.join(known)}")
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
-    rows = campaign(cases(args.scripts, folder, args.assets), args.faults, args.trials, args.seed, folder, args.json)
+    found = cases(args.scripts, args.data or folder, args.assets)
+    rows = campaign(found, args.faults, args.trials, args.seed, folder, args.json)
     print(report(rows))
-    if bad := sum(len(row["wrong"]) for row in rows):
+    if bad := sum(row["wrong"] is not None for row in rows):
         raise UserError(f"{bad} trials are not sound; their folders and logs are in {folder}")
     shutil.rmtree(folder)
 

@@ -103,14 +103,20 @@ def test_runs_outlive_every_fault(tmp_path, quiet):
     possible = [fault for fault in faults.FAULTS if fault not in faults.VLA_ALONE]
     if os.getuid() != 0 or subprocess.run(["unshare", "-m", "true"]).returncode:  # what may not mount
         possible = [fault for fault in possible if fault not in ("disk full", "read-only")]
-    rows = faults.campaign([Case("toy", script, [])], possible, 1, 0, tmp_path, tmp_path / "rows.json")
-    assert faults.report(rows).splitlines() == ["| | toy |", "|---|---|", *(f"| {fault} | 1 of 1 |" for fault in possible)]
+    case, kept = Case("toy", script, []), tmp_path / "trials.json"
+    faults.campaign([case], possible, 2, 0, tmp_path / "a", kept)
+    rows = faults.campaign([case], possible, len(possible), 0, tmp_path / "b", kept)  # stopped, it goes on
+    assert sorted(path.name for path in (tmp_path / "b" / "toy").iterdir() if path.is_dir()) == ["first", "second"]
+    table = ["| | toy |", "|---|---|", *(f"| {fault} | 1 of 1 |" for fault in possible), f"| all | {len(possible)} of {len(possible)} |"]
+    assert faults.report(rows).splitlines() == table
+    assert faults.campaign([case], possible, len(possible), 0, tmp_path / "c", kept) == rows and not (tmp_path / "c").exists()
 
 
 def test_what_is_not_continued_exactly_is_found(tmp_path, quiet):
-    (row,) = faults.campaign([Case("toy", forgetful, [])], ["kill"], 4, 0, tmp_path)
-    assert row["sound"] < 4 and all("other weights" in line for line in row["wrong"])
-    assert faults.report([row]).splitlines()[2] == f"| kill | {row['sound']} of 4 |"
+    rows = faults.campaign([Case("toy", forgetful, [])], ["kill"], 4, 2, tmp_path)
+    wrong = [row["wrong"] for row in rows if row["wrong"] is not None]
+    assert wrong and all("other weights" in line for line in wrong)
+    assert faults.report(rows).splitlines()[2] == f"| kill | {4 - len(wrong)} of 4 |"
 
 
 def test_damage_tracebacks_and_codes_are_found(tmp_path):

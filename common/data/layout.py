@@ -132,9 +132,16 @@ def demo_names(data: h5py.Group) -> list[str]:
     return sorted((name for name in names if isinstance(data[name], h5py.Group)), key=lambda name: int(name[5:]))
 
 
+def whole(dataset: h5py.Dataset) -> Any:
+    """All of a dataset. ValueError, and no memory taken, if it says to hold far more than lies in the file: deflate packs 1 to 1,032."""
+    if dataset.nbytes > max(2**26, 2000 * (stored := dataset.id.get_storage_size())):
+        raise ValueError(f"{dataset.name} says to hold {dataset.nbytes / 1e9:.3g} GB, of which {stored} bytes are there")
+    return dataset[()]
+
+
 def read_arrays(demo: h5py.Group) -> dict[str, Any]:
     """Path below demo_<i> -> array; images stay on disk."""
-    arrays: dict[str, Any] = {key: demo[key][()] for key in LAYOUT if isinstance(demo.get(key), h5py.Dataset)}
+    arrays: dict[str, Any] = {key: whole(demo[key]) for key in LAYOUT if isinstance(demo.get(key), h5py.Dataset)}
     arrays = {key: array for key, array in arrays.items() if np.ndim(array)}
     obs = demo.get("obs")
     names = [name for name in obs if name.endswith("_rgb")] if isinstance(obs, h5py.Group) else []

@@ -39,6 +39,7 @@ from common.data.layout import (
     proprioception,
     python_value,
     unreadable,
+    whole,
 )
 from common.suites import SUITES, instruction, remember_task, task_names
 
@@ -311,7 +312,7 @@ def _find_gripper(source: Source, numbers: list[Mapping[str, np.ndarray]], notes
 
 def _numbers(demo: h5py.Group) -> dict[str, np.ndarray]:
     """Path below demo_<i> -> array as it is stored, of what a demonstration is made of; ee_pos and ee_ori out of ee_states if need be."""
-    arrays = {key: demo[key][()] for key in LAYOUT if isinstance(demo.get(key), h5py.Dataset)}
+    arrays = {key: whole(demo[key]) for key in LAYOUT if isinstance(demo.get(key), h5py.Dataset)}
     for name in ("ee_pos", "ee_ori"):
         if f"obs/{name}" not in arrays and np.ndim(arrays.get("obs/ee_states")) == 2:
             arrays[f"obs/{name}"] = proprioception(demo["obs"], name)
