@@ -37,7 +37,7 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         with contextlib.suppress(ValueError):  # not the main thread
             if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-                signal.signal(signal.SIGINT, signal.default_int_handler)  # till now `common.start`'s
+                signal.signal(signal.SIGINT, _interrupt)  # till now it is `common.start`'s
         main()
     except UserError as error:
         sys.exit(_fail(str(error)))
@@ -46,9 +46,9 @@ def run_command(main: Callable[[], None]) -> None:
             raise
         sys.exit(_fail(line))
     except KeyboardInterrupt:
-        with contextlib.suppress(ValueError):  # not the main thread
-            signal.signal(signal.SIGINT, _leave)
-        _remove_unfinished()  # a second one may have come amid that
+        _remove_unfinished()
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, lambda *_: os._exit(130))
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
@@ -70,9 +70,15 @@ def _shortage(error: Exception) -> str | None:
     return None
 
 
+def _interrupt(*_) -> None:
+    """The first Ctrl-C. A second one may come before this one is seen to, amid what it unwinds, and ends the process at once."""
+    signal.signal(signal.SIGINT, _leave)
+    raise KeyboardInterrupt
+
+
 def _leave(*_) -> None:
-    """End at once."""
     _remove_unfinished()
+    os.write(2, b"interrupted\n")
     os._exit(130)
 
 

@@ -275,6 +275,7 @@ class Trainer:
         self.iteration = 0
         self.history: list[list[float]] = []  # environment steps, then success (of each pattern)
         torch.manual_seed(args.seed + 2)
+        agent.zero_grad()  # what Learn left, and a run that is resumed here does not have, would be clipped along
 
     @property
     def env_steps(self) -> int:

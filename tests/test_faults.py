@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,10 +114,13 @@ def test_runs_outlive_every_fault(tmp_path, quiet):
 
 
 def test_what_is_not_continued_exactly_is_found(tmp_path, quiet):
-    rows = faults.campaign([Case("toy", forgetful, [])], ["kill"], 4, 2, tmp_path)
-    wrong = [row["wrong"] for row in rows if row["wrong"] is not None]
-    assert wrong and all("other weights" in line for line in wrong)
-    assert faults.report(rows).splitlines()[2] == f"| kill | {4 - len(wrong)} of 4 |"
+    case = Case("toy", forgetful, [])
+    faults.undisturbed(case, tmp_path)
+    amid = SimpleNamespace(random=lambda: 0.0, integers=lambda *_: case.writes // 2, uniform=lambda *_: 0.0)
+    wrong = faults.trial(case, "kill", tmp_path / "0", amid)
+    assert wrong == "continued, it ends with other weights, corpus or success"
+    rows = [{"script": "toy", "trial": k, "fault": "kill", "wrong": wrong if k == 2 else None} for k in range(4)]
+    assert faults.report(rows).splitlines()[2:] == ["| kill | 3 of 4 |", "| all | 3 of 4 |", "", f"- toy, trial 2, kill: {wrong}"]
 
 
 def test_damage_tracebacks_and_codes_are_found(tmp_path):

@@ -452,6 +452,21 @@ def test_reinforce_continues_exactly_from_a_checkpoint(learned, tmp_path):
     np.testing.assert_equal(results[0][2], results[1][2])
 
 
+def test_reinforce_begins_from_learns_weights_and_nothing_else(learned):
+    """As a run does that is resumed there: Learn's last gradients, of what Reinforce does not train, would be clipped along."""
+    results = []
+    for left in (None, 1.0):
+        torch.manual_seed(0)
+        agent = copy.deepcopy(learned)
+        for parameter in agent.parameters():
+            parameter.grad = None if left is None else torch.full_like(parameter, left)
+        trainer = Reinforce(plane_args(critic_warmup=1), Plane(), agent)
+        for _ in range(2):
+            trainer.run_iteration()
+        results.append(weights(agent))
+    assert same(*results)
+
+
 def test_success_waits_until_failures_have_had_time_to_end(learned):
     trainer, _ = make_trainer(learned, num_steps=7, total_steps=16 * 7 * 4)  # an episode takes 14 steps at most
     first, second = trainer.run_iteration(), trainer.run_iteration()

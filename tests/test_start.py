@@ -112,3 +112,40 @@ def test_a_signal_amid_the_imports_is_one_line(tmp_path, command):
             assert process.stdout.readline() == "importing\n", process.stderr.read()
             process.send_signal(number)
             assert (process.stderr.read(), process.wait()) == (said, 128 + number)
+
+
+def test_a_second_ctrl_c_amid_the_unwinding_of_the_first_is_no_traceback(tmp_path):
+    """As torch's DataLoader waits for its workers in `__del__`."""
+    code = """
+import time
+from common.cli import atomic_path, run_command
+
+class Loader:
+    def __del__(self):  # what is raised here is printed, and forgotten
+        print("tidying up", flush=True)
+        time.sleep(60)
+
+def main():
+    loader = Loader()
+    with atomic_path("file"):
+        try:
+            print("working", flush=True)
+            time.sleep(60)
+        finally:
+            del loader
+
+run_command(main)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        for line in ("working\n", "tidying up\n"):
+            assert process.stdout.readline() == line
+            process.send_signal(signal.SIGINT)
+        assert (process.stderr.read(), process.wait(), list(tmp_path.iterdir())) == ("interrupted\n", 130, [])

@@ -217,7 +217,14 @@ def cut(file):
             group[key] = last
 
 
+def huge(file):
+    """Terabytes in a file of kilobytes: said to be there, and never written."""
+    del file["data/demo_1/states"]
+    file.create_dataset("data/demo_1/states", (2**37, 23), "f8", chunks=True, compression="gzip")
+
+
 LEFT_OUT = {
+    "huge": (huge, "/data/demo_1/states says to hold 2.53e+04 GB, of which 0 bytes are there"),
     "one step": (cut, "a single step"),
     "no steps": (put("demo_1/actions", lambda a: a[:0]), "states has 5 steps, actions 0"),
     "nan": (put("demo_1/states", at((4, 9), np.nan)), "states: NaN or infinite at step 4"),
