@@ -149,7 +149,7 @@ def plot(rows: list[dict], path: Path) -> None:
     axes.set(xlabel="a linear classifier, told the truth", ylabel="Discover, untold", xlim=(low, 1.05), ylim=(low, 1.05))
     axes.set_title("Adjusted Rand index of unseen demonstrations", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower left")
+    axes.legend(frameon=False, loc="upper left")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
 
