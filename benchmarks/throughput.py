@@ -311,12 +311,13 @@ def take_turns(task: Task, num_envs: int, counts: list[int], work, libero: Liber
 
 def measure_resets(task: Task, libero: Libero, args: Args) -> dict[str, float]:
     """Seconds for resetting one environment."""
-    found: dict[str, list[float]] = {"libero": [libero(1, "reset")[0] for _ in range(5)]}
+    times = 5 if args.blocks > 1 else 1
+    found: dict[str, list[float]] = {"libero": [libero(1, "reset")[0] for _ in range(times)]}
     for name, settle in (("ours", 0), ("ours_settled", 10)):
         env = make_env(task, args.num_envs, settle_steps=settle, num_threads=1)
         for when in ("first", "again"):
             found[f"{name}_{when}"] = []
-            for k in range(5):
+            for k in range(times):
                 start = time.perf_counter()
                 env.reset(options={"init_state": (k * args.num_envs + np.arange(args.num_envs)) % len(task.init_states)})
                 found[f"{name}_{when}"].append((time.perf_counter() - start) / args.num_envs)

@@ -36,9 +36,9 @@ WARP = LONGEST.split()[:4]
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """A worker a core, of which each may take 3 GB; more than eight would wait for the longest file."""
+    """A worker a core, of which each may take 4 GB; more than eight would wait for the longest file."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(usable_cores(), int(memory / 3e9), 8))
+    return max(1, min(usable_cores(), int(memory / 4e9), 8))
 
 
 @pytest.hookimpl(optionalhook=True)
