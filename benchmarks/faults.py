@@ -375,9 +375,9 @@ def act(fault: str, folder: Path, case: Case) -> Callable[[], None]:
             os.kill(int(child), signal.SIGKILL)
 
     def change() -> None:
-        with h5py.File(case.data, "r+", locking=False) as file:
-            for demo in file["data"].values():
-                demo["actions"][:, :6] *= 0.5
+        code = "import h5py, sys\nwith h5py.File(sys.argv[1], 'r+', locking=False) as file:\n"
+        code += "    for demo in file['data'].values():\n        demo['actions'][:, :6] *= 0.5"
+        subprocess.run([sys.executable, "-c", code, str(case.data)], check=True)  # a process that reads a file may not write it
 
     return {
         "kill": lambda: os.kill(me(), signal.SIGKILL),

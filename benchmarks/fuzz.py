@@ -253,6 +253,8 @@ def main() -> None:
             if where not in found:
                 found[where] = {"what": wrong, "bytes": base64.b64encode(raw).decode()}
                 progress.say(wrong)
+                if args.json is not None:
+                    write_json(args.json, result())
         now = int(time.monotonic() - began)
         if now > progress.done:
             progress.update(now - progress.done, f"{count} files, {len(found)} findings")

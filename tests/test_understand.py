@@ -224,6 +224,8 @@ def huge(file):
 
 
 LEFT_OUT = {
+    "quaternion, NaN": (put("demo_1/obs/ee_quat", at((2, 0), np.nan)), "obs/ee_quat: NaN or infinite at step 2"),
+    "quaternion, lengths": (put("demo_1/obs/ee_quat", lambda a: a[:-1]), "obs/ee_quat has 4 steps, actions 5"),
     "huge": (huge, "/data/demo_1/states says to hold 2.53e+04 GB, of which 0 bytes are there"),
     "one step": (cut, "a single step"),
     "no steps": (put("demo_1/actions", lambda a: a[:0]), "states has 5 steps, actions 0"),

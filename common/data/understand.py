@@ -30,6 +30,7 @@ from common.data.layout import (
     DEMO_ATTRS,
     JSON_KEYS,
     LAYOUT,
+    OPTIONAL,
     PROPRIO,
     as_text,
     base_name,
@@ -321,7 +322,7 @@ def _numbers(demo: h5py.Group) -> dict[str, np.ndarray]:
 
 def _fault(arrays: Mapping[str, np.ndarray]) -> str | None:
     """Why a demonstration's numbers can't be used."""
-    for key in _NEEDED:
+    for key in (*_NEEDED, *(key for key in OPTIONAL if key in arrays)):
         array, wanted = arrays.get(key), LAYOUT[key][0][0]
         if array is None:
             return f"{key} is missing"
