@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,12 +20,13 @@ import torch
 import tyro
 from gymnasium.vector import AutoresetMode
 
+from benchmarks.fidelity import load_policy
 from common import rollout
 from common.cli import Count, Range, UserError, check_ranges, run_command
 from common.libero import load_task, make_env
 from common.libero.assets import assets_like
 from common.metrics import wilson_interval
-from common.runs import Progress, load_checkpoint, read_finished, stored_args, versions, write_json
+from common.runs import Progress, read_finished, versions, write_json
 from common.suites import expand
 
 
@@ -53,12 +53,10 @@ def evaluate(run: Path, kinds: tuple[str, ...], episodes: int, num_envs: int, pr
     """A row for the plain task and each of its perturbations: task, suite, successes, trials; None where the scene has other things."""
     config, summary = read_finished(run)
     script, suite, name = config["script"], *summary["task"].split("/")
-    if script not in ("gaussian_ppo", "dlr_discover") or config["args"].get("obs", "state") != "state":
-        raise UserError(f"{run}: only runs of gaussian_ppo.py and dlr_discover.py that see states")
-    module, saved = importlib.import_module(script), load_checkpoint(run / "checkpoint.pt", script)
-    args = stored_args(module.Args, config["args"])
-    assets = assets_like(config.get("assets"), args.assets)
-    plain, patterns, rows = load_task(summary["task"], assets), [row["pattern"] for row in summary["per_pattern"]], []
+    if config["args"].get("obs", "state") != "state":
+        raise UserError(f"{run}: only runs that see states")
+    plain, options, make, patterns = load_policy(run, None)
+    assets, rows = assets_like(config.get("assets"), config["args"].get("assets")), []
     for kind in ("", *kinds):
         where = f"{suite}_{kind}" if kind else suite
         (task_id,) = [t for t in expand([where]) if t.partition("/")[2].partition("@")[0] == name] or [None]
@@ -68,16 +66,13 @@ def evaluate(run: Path, kinds: tuple[str, ...], episodes: int, num_envs: int, pr
         if task is None:
             continue
         count = min(num_envs, episodes)
-        with contextlib.closing(make_env(task, count, seed=0, autoreset_mode=AutoresetMode.DISABLED)) as env:
-            encoder = rollout.obs_encoder(args, env.single_observation_space, plain)
-            told = (len(saved["decoder"]["centres"]),) if script == "dlr_discover" else ()
-            agent = module.Agent(encoder, *told, args.hidden)
+        with contextlib.closing(make_env(task, count, seed=0, autoreset_mode=AutoresetMode.DISABLED, **options)) as env:
             try:
-                agent.load_state_dict(saved["agent"])
-            except RuntimeError:  # other things are there to be seen
+                policy = make(env)
+            except UserError:  # other things are there to be seen: the weights have another shape
                 continue
             each = max(1, episodes // len(patterns))
-            found, _ = rollout.evaluate(env, agent.act, patterns, each, progress, f"{where}/{name}")
+            found, _ = rollout.evaluate(env, policy, patterns, each, progress, f"{where}/{name}")
         row["trials"] = sum(r["episodes"] for r in found)
         row["successes"] = round(sum(r["success_rate"] * r["episodes"] for r in found))
         progress.say(f"{where}/{name}: {row['successes']} of {row['trials']}")
