@@ -88,7 +88,7 @@ class Args:
     states: int = 24
     """states a task for the flags, on each of which every conjunct is compared twice"""
     runs: list[Path] = dataclasses.field(default_factory=list)
-    """of backends: finished runs of dlr_discover.py or gaussian_ppo.py, whose policies are compared on their tasks"""
+    """of backends: finished runs of RL scripts, whose policies are compared on their tasks"""
     episodes: int = 200
     """of backends: episodes of a policy on a task"""
     num_envs: int = 64
@@ -331,28 +331,33 @@ class Scripted:
 
 
 def load_policy(run: Path, assets: str | None) -> tuple[Task, dict, Callable, list[int]]:
-    """Of a run of dlr_discover.py or gaussian_ppo.py: its task, what its environment is made with, what makes its policy for an
-    environment, and its patterns."""
-    import dlr_discover  # late: they bring TensorBoard, which the processes of the other parts do without
+    """Of a finished run of an RL script: its task, what its environment is made with, what makes its policy for an environment, and its
+    patterns."""
+    import diffusion_ppo  # late: they bring TensorBoard, which the processes of the other parts do without
+    import dlr_discover
     import gaussian_ppo
 
+    scripts = {"dlr_discover": dlr_discover, "gaussian_ppo": gaussian_ppo, "diffusion_ppo": diffusion_ppo}
     try:
         config, summary = read_finished(run)
-        script = {"dlr_discover": dlr_discover, "gaussian_ppo": gaussian_ppo}[config["script"]]
+        script = scripts[config["script"]]
         patterns = [row["pattern"] for row in summary["per_pattern"]]
     except (UserError, KeyError) as error:
-        raise UserError(f"{run} is not the folder of a finished run of dlr_discover.py or gaussian_ppo.py") from error
+        raise UserError(f"{run} is not the folder of a finished run of {', '.join(f'{name}.py' for name in scripts)}") from error
     args = stored_args(script.Args, config["args"])
     checkpoint = load_checkpoint(run / "checkpoint.pt", config["script"])
 
     def make(env):
         encoder = obs_encoder(args, env.single_observation_space, task)
-        agent = script.Agent(encoder, *([checkpoint["num_patterns"]] if script is dlr_discover else []), args.hidden)
+        if script is diffusion_ppo:
+            agent = script.Agent(args, encoder)
+        else:
+            agent = script.Agent(encoder, *([checkpoint["num_patterns"]] if script is dlr_discover else []), args.hidden)
         try:
             agent.load_state_dict(checkpoint["agent"])
         except RuntimeError as error:
             raise UserError(f"{run} was made by another version of {config['script']}.py, with other weights; train it again") from error
-        return agent.act
+        return script.ChunkPolicy(agent, env.num_envs, args.execute) if script is diffusion_ppo else agent.act
 
     task = load_task(checkpoint["name"], assets, config["assets"], run)
     return task, observation(args), make, patterns

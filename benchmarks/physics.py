@@ -46,7 +46,7 @@ class Args:
     suite: str | None = None
     """all tasks of a suite instead, or of all suites: all"""
     runs: list[Path] = field(default_factory=list)
-    """folders of finished runs of dlr_discover.py or gaussian_ppo.py instead: their policies"""
+    """folders of finished runs of RL scripts instead: their policies"""
     episodes: Count = 8
     """episodes of each task or run"""
     workers: Count = usable_cores()

@@ -7,6 +7,7 @@ arXiv 2511.19528. What is undefined (the variance of one trajectory, a rate of n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from statistics import NormalDist
 
@@ -163,6 +164,30 @@ def coverage(
         return float(np.sum(1 - np.exp(log_missed + gammaln(total - n + 1))))
 
     return {"state_cells": cells(states), "state_action_cells": cells(np.concatenate([states, bin_index], axis=1))}
+
+
+def pass_at_k(successes: np.ndarray, k: int) -> float:
+    """Pass@k in [0, 1]: how often one at least of k rollouts from the same start succeeds; successes (starts, n) of n >= k rollouts.
+
+    The mean over starts of 1 - C(n - c, k) / C(n, k), c of n having succeeded: without bias, unlike 1 - (1 - c/n)^k (Chen et al. 2021,
+    eq. 1). ValueError: k is not in 1..n.
+    """
+    return coverage_at_k(np.where(successes, 0, -1), k, 1)
+
+
+def coverage_at_k(ways: np.ndarray, k: int, num_ways: int) -> float:
+    """Coverage@k in [0, 1]: the part of all ways of doing the task that k rollouts from the same start are expected to show.
+
+    ways (starts, n) in 0..num_ways-1 of n >= k rollouts from each start, -1: failed. The mean over starts and ways of
+    1 - C(n - n_w, k) / C(n, k), n_w of n having succeeded in way w. ValueError: k is not in 1..n.
+    """
+    ways = np.asarray(ways)
+    n = ways.shape[1]
+    if not 1 <= k <= n:
+        raise ValueError(f"k must be in 1..{n}, the rollouts from a start, not {k}")
+    counts = (ways[..., None] == np.arange(num_ways)).sum(1)  # (starts, ways)
+    missed = np.array([math.comb(n - c, k) / math.comb(n, k) for c in range(n + 1)])
+    return float(np.mean(1 - missed[counts]))
 
 
 # ---------------------------------------------------------------------------------------------- smoothness, consistency

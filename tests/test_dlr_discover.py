@@ -25,11 +25,12 @@ from test_gaussian_ppo import same, weights
 from torch.distributions import Categorical, Laplace, MultivariateNormal, Normal, kl_divergence
 
 import dlr_discover
+from benchmarks import modes
 from common import metrics, rollout
 from common.cli import run_command
 from common.data import Episode, check_file, read_attrs, read_episodes
 from common.networks import Normalizer
-from common.runs import load_checkpoint, save_checkpoint, versions, write_json
+from common.runs import Progress, load_checkpoint, save_checkpoint, versions, write_json
 from dlr_discover import Agent, Args, Curriculum, PatternEncoder, Reinforce, StateDecoder, elbo, gae, gaussian_kl
 
 torch.set_num_threads(1)
@@ -828,6 +829,14 @@ def test_whole_job_leaves_a_corpus_and_its_account(finished, drawer_task, demos)
     assert list(finished.glob("events.out.tfevents.*")) and not list(finished.rglob(".*"))  # nothing temporary is left
     checkpoint = load_checkpoint(finished / "checkpoint.pt", "dlr_discover")
     assert checkpoint["stage"] == "done" and len(checkpoint["history"]) == 10
+
+
+def test_the_ways_that_a_finished_run_keeps(finished, demos):
+    """benchmarks.modes: two patterns that are two ways, and from one start each of them twice."""
+    row = modes.measure(finished, modes.Args((finished,), starts=1, rollouts=4, num_envs=4), Progress())
+    assert row["ways"] == 2 and row["told_apart"] == 1.0 and row["script"] == "dlr_discover"
+    assert row["pass"][4] == (row["pass"][1] > 0) and row["coverage"][4] * 2 == row["kept"]
+    assert modes.table([row]).count("\n") == 2
 
 
 def test_killed_and_resumed_is_as_if_never_stopped(finished, demos, tmp_path):

@@ -202,3 +202,18 @@ def test_bootstrap_interval():
     low, high = metrics.bootstrap_interval(np.arange(101), statistic=np.median)
     assert low < 50 < high
     assert np.isnan(metrics.bootstrap_interval([])).all()
+
+
+def test_pass_and_coverage_at_k_by_going_through_all_draws():
+    rng = np.random.default_rng(0)
+    ways = rng.integers(-1, 3, (5, 6))  # five starts, six rollouts of each, three ways or failed
+    for k in (1, 3, 6):
+        draws = [row[list(chosen)] for row in ways for chosen in itertools.combinations(range(6), k)]
+        assert metrics.pass_at_k(ways >= 0, k) == pytest.approx(np.mean([(draw >= 0).any() for draw in draws]))
+        seen = [len(set(draw[draw >= 0])) / 3 for draw in draws]
+        assert metrics.coverage_at_k(ways, k, 3) == pytest.approx(np.mean(seen))
+    assert metrics.pass_at_k(ways >= 0, 1) == pytest.approx((ways >= 0).mean())
+    assert metrics.coverage_at_k(np.zeros((4, 8), int), 8, 8) == 1 / 8  # one way alone, however often
+    for k in (0, 7):
+        with pytest.raises(ValueError, match=r"k must be in 1\.\.6"):
+            metrics.coverage_at_k(ways, k, 3)
