@@ -20,7 +20,7 @@ from common.data import read_episodes
 from common.demos import cache, collection, grasps, rehearsal
 from common.demos.articulate import Articulate, joint_motion
 from common.demos.collection import collect, load_or_collect, make_file
-from common.demos.demonstrator import SKILLS, Demonstrator, Step, Strategy, agenda, orders, unsettled
+from common.demos.demonstrator import SKILLS, Demonstrator, Step, Strategy, agenda, unsettled
 from common.demos.geometry import (
     CELL,
     UP,
@@ -485,49 +485,6 @@ def test_rehearsal_of_several_steps_finds_the_choice_that_is_to_blame(drawer_tas
     monkeypatch.setattr(rehearsal, "perform", fail)
     with pytest.raises(UserError, match="most attempts end at open"):
         rehearsal._rehearse_steps(task, steps, data)
-
-
-def two_moves(task):
-    """A scene, and its task with two things to be moved, in the order of need and in the other."""
-    moves = [put_down(task, "under", "wine_rack_1_top_region", name) for name in ("wine_bottle_1", "cream_cheese_1")]
-    task, data = dataclasses.replace(task, goal=moves), mujoco.MjData(task.model)
-    data.qpos[:] = task.init_states[0, 1 : 1 + task.model.nq]
-    mujoco.mj_forward(task.model, data)
-    return task, data, moves
-
-
-def test_things_may_be_moved_in_any_order_but_what_carries_comes_first(drawer_task):
-    task, data, (bottle, cheese) = two_moves(drawer_task)
-    opening = Predicate("open", ("wooden_cabinet_1_top_region",), "joint", qpos=(0,))
-    onto_cheese = dataclasses.replace(bottle, target_body=cheese.body)
-    assert orders([bottle, cheese]) == [(0, 1), (1, 0)] and orders([opening, bottle]) == [(0, 1)]
-    assert orders([opening, bottle, cheese, opening]) == [(0, 1, 2, 3), (0, 2, 1, 3)]
-    assert orders([cheese, onto_cheese]) == [(0, 1)]
-    choices = {"step 1 grasp": "left", "step 1 path": "direct", "step 2 grasp": "right", "step 2 path": "over"}
-    for factors, first, grasp in ((choices, bottle, "left"), (choices | {"order": "2 1"}, cheese, "right")):
-        demonstrator = Demonstrator(task, Strategy("", factors))
-        demonstrator._begin(data)
-        assert len(demonstrator.steps) == 2 and demonstrator.steps[0].predicate == first
-        assert demonstrator.steps[0].skill.factors["grasp"] == grasp
-
-
-@pytest.mark.parametrize("bad", [None, "1 2", "2 1"])
-def test_both_orders_are_rehearsed_and_blamed_apart(drawer_task, monkeypatch, bad):
-    """Episodes are made up: in one order, whatever thing is moved second is out of reach."""
-    task, data, steps = two_moves(drawer_task)
-
-    def perform(task, next_attempt, *args):
-        while (attempt := next_attempt()) is not None:
-            success = attempt.strategy.factors.get("order", "1 2") != bad
-            attempt.stage = 1
-            yield attempt, SimpleNamespace(success=success)
-
-    monkeypatch.setattr(rehearsal, "perform", perform)
-    found = rehearsal._rehearse_steps(task, steps, data)
-    assert len(found) == MAX_STRATEGIES == len({tuple(f.items()) for f in found})
-    assert {f.get("order", "1 2") for f in found} == {"1 2", "2 1"} - {bad}
-    assert len({(f["step 1 grasp"], f["step 1 path"]) for f in found}) >= 4  # visibly so, not by the turn of the hand alone
-    assert len({f["step 1 path"] for f in found}) >= 4
 
 
 def test_a_data_set_goes_on_where_it_was(pulling, assets, monkeypatch, tmp_path):

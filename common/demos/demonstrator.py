@@ -12,7 +12,6 @@ without memory can imitate it: paths are flows in space (`common.demos.motion`),
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from typing import Any
 
@@ -89,18 +88,6 @@ def agenda(task: Task, data: mujoco.MjData) -> list[Predicate]:
     return sorted(steps, key=rank) or list(task.goal)
 
 
-def orders(predicates: list[Predicate]) -> list[tuple[int, ...]]:
-    """The orders in which an agenda's steps may be done, its own first: things that are moved, none onto another, have no order of need."""
-    moved = [k for k, p in enumerate(predicates) if p.body >= 0]
-    if {predicates[k].target_body for k in moved} & {predicates[k].body for k in moved}:
-        moved = moved[:1]
-    found = []
-    for turn in itertools.permutations(moved):
-        place = dict(zip(moved, turn, strict=True))
-        found.append(tuple(place.get(k, k) for k in range(len(predicates))))
-    return found
-
-
 def unsettled(task: Task, data: mujoco.MjData) -> bool:
     """Whether things are still falling: some of LIBERO's start high up in the air, or are thrown up out of the table."""
     model = task.model
@@ -152,8 +139,6 @@ class Demonstrator:
             prefix = "" if len(predicates) == 1 else f"step {i + 1} "
             factors = {k.removeprefix(prefix): v for k, v in self.strategy.factors.items() if k.startswith(prefix)}
             self.steps.append(Step(p, SKILLS[p.name](self.task, p, factors)))
-        if order := self.strategy.factors.get("order"):
-            self.steps = [self.steps[int(k) - 1] for k in order.split()]
 
     def _command(self, data: mujoco.MjData, hand: Hand) -> tuple[np.ndarray, np.ndarray, float]:
         """The displacement, rotation and gripper command of the step that is under way; steps that are done are left behind."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import mujoco
@@ -15,7 +13,7 @@ import numpy as np
 from common.cli import UserError, atomic_path
 from common.demos.attempts import Attempt, perform
 from common.demos.cache import cache_file
-from common.demos.demonstrator import PATIENCE, SKILLS, Strategy, agenda, orders, unsettled
+from common.demos.demonstrator import PATIENCE, SKILLS, Strategy, agenda, unsettled
 from common.demos.motion import PATHS
 from common.demos.pick_place import PickPlace
 from common.libero import Task, make_env
@@ -144,83 +142,72 @@ def _rehearse_ways(task: Task, ways: list, distance: np.ndarray, max_steps: int)
 
 
 def _rehearse_steps(task: Task, predicates: list[Predicate], data: mujoco.MjData) -> list[dict[str, str]]:
-    """The factors of the strategies for a task of several steps, each with choices of its own, done in any order that the need allows.
+    """The factors of the strategies for a task of several steps, each with choices of its own.
 
-    Whole episodes are rehearsed. When one fails, the choice that was made for the step under way is to blame, in this order of the steps;
-    what was chosen for the steps before it has proved its worth.
+    Whole episodes are rehearsed. When one fails, the choice that was made for the step under way is to blame; what was
+    chosen for the steps before it has proved its worth.
     """
-    options: list[list[dict[str, str]]] = []  # of each step, what is usual first; then hold and path change together
+    options: list[list[dict[str, str]]] = []  # of each step, what is usual first
     for p in predicates:
         skill = SKILLS[p.name]
         key = "grasp" if skill is PickPlace else "contact"
         holds = skill.order(skill.holds(task, p, data))
         paths = [path for path in PATHS if path in ("direct", "over") or skill is PickPlace]
-        both = [(i % len(holds), (i + i // math.lcm(len(holds), len(paths))) % len(paths)) for i in range(len(holds) * len(paths))]
-        options.append([{key: holds[h], "path": paths[k]} for h, k in both])
+        options.append([{key: hold, "path": path} for path in paths for hold in holds])
         if not holds:
             raise UserError(f"{task.id}: the scripted demonstrator finds no way to plan {p.name}({', '.join(p.args)})")
     main = next((k for k, p in enumerate(predicates) if SKILLS[p.name] is PickPlace), 0)
-    turns = orders(predicates)
-    wins, losses = ([[np.zeros(len(o), int) for o in options] for _ in turns] for _ in range(2))  # of each choice, by order
-    tried: dict[tuple[int, ...], Trials] = {}  # of each combination of an order and choices
+    wins, losses = ([np.zeros(len(o), int) for o in options] for _ in range(2))
+    tried: dict[tuple[int, ...], Trials] = {}  # of each combination of choices
 
-    def alive(turn: int, k: int, j: int) -> bool:
+    def alive(k: int, j: int) -> bool:
         """Whether choice `j` for step `k` may still work."""
-        return losses[turn][k][j] < 2 or wins[turn][k][j] > 2 * losses[turn][k][j]
+        return losses[k][j] < 2 or wins[k][j] > 2 * losses[k][j]
 
     def may_work(combination: tuple[int, ...]) -> bool:
-        turn, *chosen = combination
-        return all(alive(turn, k, j) for k, j in enumerate(chosen))
+        return all(alive(k, j) for k, j in enumerate(combination))
 
-    def choices(turn: int, k: int) -> list[int]:
+    def choices(k: int) -> list[int]:
         """Those for a step that may still work: the proven ones first, but new ones for the step that gives the variety."""
-        rest = [j for j in range(len(options[k])) if alive(turn, k, j)]
-        return sorted(rest, key=lambda j: (losses[turn][k][j] > 0, k != main and wins[turn][k][j] == 0))
-
-    def untried(turn: int) -> Iterator[tuple[int, ...]]:
-        """Combinations in an order that may work, none if some step has no choice left."""
-        rows = [choices(turn, k) for k in range(len(options))]
-        for i in range(4 * MAX_STRATEGIES if all(rows) else 0):
-            combination = (turn, *(row[(i if k == main else i // (1 + k)) % len(row)] for k, row in enumerate(rows)))
-            if combination not in tried:
-                yield combination
+        rest = [j for j in range(len(options[k])) if alive(k, j)]
+        return sorted(rest, key=lambda j: (losses[k][j] > 0, k != main and wins[k][j] == 0))
 
     for _ in range(ROUNDS):
+        rows, new = [choices(k) for k in range(len(options))], []
+        if not all(rows):
+            break
         passed = [c for c, trials in tried.items() if trials.passed()]
-        proven = sorted(range(len(turns)), key=lambda turn: all(c[0] != turn for c in passed))
-        new = [c for row in itertools.zip_longest(*map(untried, proven)) for c in row if c is not None]  # orders in turn
-        new = list(dict.fromkeys(new))[: MAX_STRATEGIES - len(passed)]
+        for i in range(4 * MAX_STRATEGIES):
+            combination = tuple(row[(i if k == main else i // (1 + k)) % len(row)] for k, row in enumerate(rows))
+            if combination not in tried and combination not in new and len(new) + len(passed) < MAX_STRATEGIES:
+                new.append(combination)
         if not new:
             break
-        fresh = {c: Trials(Strategy("", _join(turns, options, c)), REHEARSALS_OF_STEPS) for c in new}
+        fresh = {c: Trials(Strategy("", _join([options[k][j] for k, j in enumerate(c)])), REHEARSALS_OF_STEPS) for c in new}
         tried |= fresh
 
         def next_attempt(fresh=fresh):
             return next_trial(fresh, may_work)
 
         for attempt, episode in perform(task, next_attempt, 0.1, 16):
-            turn, *chosen = attempt.key
-            tried[attempt.key].outcomes.append(episode.success)
-            order = turns[turn] if episode.success else turns[turn][: attempt.stage]
-            for k in order:
-                wins[turn][k][chosen[k]] += 1
+            c = attempt.key
+            tried[c].outcomes.append(episode.success)
+            done = len(c) if episode.success else attempt.stage
+            for k in range(done):
+                wins[k][c[k]] += 1
             if not episode.success:
-                k = turns[turn][attempt.stage]
-                losses[turn][k][chosen[k]] += 1
+                losses[done][c[done]] += 1
     passed = [c for c, trials in tried.items() if trials.passed()]
     passed = passed or [c for c, trials in tried.items() if trials.passed(REHEARSALS)]
     if not passed:
-        k = int(np.argmax([sum(loss[k].sum() for loss in losses) for k in range(len(predicates))]))
+        k = int(np.argmax([loss.sum() for loss in losses]))
         step = f"{predicates[k].name}({', '.join(predicates[k].args)})"
         raise UserError(f"{task.id}: the scripted demonstrator finds no way that works; most attempts end at {step}")
-    return [_join(turns, options, c) for c in passed]
+    return [_join([options[k][j] for k, j in enumerate(c)]) for c in passed]
 
 
-def _join(turns: list[tuple[int, ...]], options: list[list[dict[str, str]]], combination: tuple[int, ...]) -> dict[str, str]:
-    """The factors of a combination; the order is left out where it is the usual one."""
-    turn, *chosen = combination
-    factors = {"order": " ".join(str(k + 1) for k in turns[turn])} if turn else {}
-    return factors | {f"step {k + 1} {name}": value for k, j in enumerate(chosen) for name, value in options[k][j].items()}
+def _join(choices: list[dict[str, str]]) -> dict[str, str]:
+    return {f"step {k + 1} {name}": value for k, factors in enumerate(choices) for name, value in factors.items()}
 
 
 def _hold(skill) -> str:
