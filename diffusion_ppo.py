@@ -650,7 +650,7 @@ def main() -> None:
     if run.stage == "start":
         demo_obs, actions = job.observed_demos(), [e.actions for e in job.demos]
         learn(args, agent, demo_obs, actions, run.ticker("Learn", args.learn_epochs, "held-out loss {learn_held_out_loss:.3f}"))
-        (row,) = job.evaluate(policy, [0], "Learn")
+        (row,), _ = job.evaluate(policy, [0], "Learn")
         run.save("learn", agent=agent.state_dict(), learn_success=row["success_rate"])
     agent.load_state_dict(run.checkpoint["agent"])
 

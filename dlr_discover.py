@@ -37,6 +37,7 @@ from torch.distributions import Categorical, Normal
 from common import metrics, plots, rollout, view
 from common.cli import Count, Fraction, NotNegative, Positive, PositiveOrInf, Range, UserError, run_command
 from common.data import Episode
+from common.libero import Task
 from common.libero.env import LiberoVectorEnv
 from common.libero.observation import observe_states
 from common.networks import Normalizer, PixelEncoder, compiled, mlp, random_shift
@@ -100,7 +101,7 @@ class Args(rollout.JobArgs):
     """and when it ends (geometric schedule): evaluation and the corpus take the mean action, so training must come near it"""
     max_grad_norm: PositiveOrInf = 0.5
     """gradients are clipped to this norm"""
-    kl_coef: NotNegative = 0.05
+    kl_coef: NotNegative = 0.2
     """weight of KL(policy || Learn policy) in the loss, which keeps noise in the updates from using up target_kl"""
     target_kl: PositiveOrInf = 1.0
     """E in Theorem 1: the policy loss is left out while KL(policy || Learn policy), in nats a step, is above it"""
@@ -469,6 +470,28 @@ def learn(args: Args, agent: Agent, demos: list[np.ndarray | dict], actions: lis
     agent.load_state_dict(best)
 
 
+def kept_apart(commanded: np.ndarray, log_q: np.ndarray, say: Callable[[str], None], least: float = 0.8) -> list[int]:
+    """Patterns that the cloned policy keeps apart: of each, `least` of the rollouts that succeed are recognised, among those left.
+
+    Theorem 1 keeps what is apart when Reinforce begins, its condition (ii). What Discover tells apart and the policy doesn't, because
+    the difference is small beside its errors, would go on to be commanded as a pattern and be another.
+
+    Args: commanded (N,), log_q (N, K) log q(z | tau) of the rollouts that succeeded. What never succeeded is left to Reinforce.
+    """
+    alive = np.arange(log_q.shape[1])
+    while True:
+        known = np.isin(commanded, alive)
+        recognised = alive[log_q[known][:, alive].argmax(1)]
+        confusion = metrics.confusion_matrix(commanded[known], recognised, log_q.shape[1])
+        share = np.diag(confusion) / np.maximum(confusion.sum(1), 1) + (confusion.sum(1) == 0)
+        z = int(alive[share[alive].argmin()])
+        if share[z] >= least:
+            return alive.tolist()
+        other = int(np.where(np.arange(len(share)) == z, -1, confusion[z]).argmax())
+        say(f"Learn: pattern {z} is dropped: {share[z]:.0%} of what succeeds is recognised, most of the rest as pattern {other}")
+        alive = alive[alive != z]
+
+
 # ---------------------------------------------------------------------------------------------- Reinforce
 
 
@@ -740,7 +763,6 @@ def main() -> None:
     decoder = StateDecoder(**{name: np.asarray(array) for name, array in run.checkpoint["decoder"].items()})
     encoder = PatternEncoder(paths.shape[-1], k).requires_grad_(False)
     encoder.load_state_dict(run.checkpoint["encoder"])
-    alive = list(range(k))
     strategies = [e.attrs.get("strategy", "") for e in job.demos]
     recovery = metrics.adjusted_rand_index(patterns, strategies) if all(strategies) else None
     truth = "" if recovery is None else f"; adjusted Rand index against the true strategies {recovery:.2f}"
@@ -757,9 +779,11 @@ def main() -> None:
         demo_obs, actions = job.observed_demos(), [e.actions for e in job.demos]
         tick = run.ticker("Learn", args.learn_epochs, "held-out loss {learn_held_out_loss:.2f}")
         learn(args, agent, demo_obs, actions, [np.full(len(obs), z) for obs, z in zip(demo_states, patterns, strict=True)], tick)
-        rows = job.evaluate(agent.act, alive, "Learn", most=150)  # on the way: failures take long
-        run.save("learn", agent=agent.state_dict(), learn_success=[row["success_rate"] for row in rows])
+        rows, episodes = job.evaluate(agent.act, range(k), "Learn", most=150)  # on the way: failures take long
+        alive = kept_apart(*recognise(task, layout, decoder, args.discover_points, [e for e in episodes if e.success]), run.progress.say)
+        run.save("learn", agent=agent.state_dict(), learn_success=[row["success_rate"] for row in rows], alive=alive)
     agent.load_state_dict(run.checkpoint["agent"])
+    alive, learn_success = run.checkpoint["alive"], np.asarray(run.checkpoint["learn_success"])
 
     # 3. Reinforce
     if run.stage in ("learn", "reinforce"):
@@ -769,15 +793,13 @@ def main() -> None:
 
     # Roll out, keep successes
     corpus, summary = job.roll_out(agent.act, alive)
-    rolled_out = [along_path(rollout.trajectory_observations(task, e), layout, args.discover_points) for e in corpus]
-    recognised = decoder.recognise(np.stack([pattern_features(path, layout) for path in rolled_out]))
-    confusion = metrics.confusion_matrix([e.attrs["pattern"] for e in corpus], recognised, k)
+    commanded, log_q = recognise(task, layout, decoder, args.discover_points, corpus)
+    confusion = metrics.confusion_matrix(commanded, np.array(alive)[log_q[:, alive].argmax(1)], k)
     plots.plot_leakage(run.folder / "figures" / "leakage.png", confusion, task.language)
-    learn_success = run.checkpoint["learn_success"]
     history = np.array([[0.0] + [np.nan] * k, *run.checkpoint["history"]])
-    history[0, 1 + np.array(alive)] = learn_success
+    history[0, 1:] = learn_success
     plots.plot_success(run.folder / "figures" / "success.png", history[:, 0], history[:, 1:], [(0, "Reinforce")], task.language)
-    stages = {"learn": np.mean(learn_success), "reinforce": summary["success_rate"], "learn_per_pattern": learn_success}
+    stages = {"learn": learn_success[alive].mean(), "reinforce": summary["success_rate"], "learn_per_pattern": learn_success}
     leakage = {"p_leak": metrics.p_leak(confusion), "confusion": confusion}
     run.finish(
         summary
@@ -793,6 +815,15 @@ def main() -> None:
         f"mean pairwise distance {summary['diversity']['mean_pairwise_distance']:.2f}",
     )
     view.write_report(run.folder, task, run.progress)
+
+
+def recognise(
+    task: Task, layout: dict[str, slice], decoder: StateDecoder, points: int, episodes: list[Episode]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The patterns that rollouts were commanded, (N,), and Discover's log q(z | tau) of them, (N, K)."""
+    paths = [along_path(rollout.trajectory_observations(task, e), layout, points) for e in episodes]
+    features = np.stack([pattern_features(path, layout) for path in paths]) if paths else np.zeros((0, *decoder.centres.shape[1:]))
+    return np.array([e.attrs["pattern"] for e in episodes], int), decoder.log_posterior(features)
 
 
 def note(logs: dict[str, float]) -> str:

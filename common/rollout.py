@@ -162,17 +162,17 @@ class Job:
         """What the policy would have seen in the demonstrations; see `observe_demos`."""
         return observe_demos(self.train_env, self.demos, self.run.progress)
 
-    def evaluate(self, policy: Policy, patterns: Sequence[int], stage: str, most: int | None = None) -> list[dict]:
-        """Success of each pattern from the official init states, rows of summary.json's `per_pattern`, and a line about it.
+    def evaluate(self, policy: Policy, patterns: Sequence[int], stage: str, most: int | None = None) -> tuple[list[dict], list[Episode]]:
+        """Success of each pattern from the official init states: rows of summary.json's `per_pattern`, the episodes, and a line about it.
 
         `most` episodes of all patterns together, and as many of each.
         """
         each = self.args.eval_episodes if most is None else min(self.args.eval_episodes, max(1, most // len(patterns)))
-        rows, _ = evaluate(self.eval_env, policy, patterns, each, self.run.progress, f"evaluate {stage}")
+        rows, episodes = evaluate(self.eval_env, policy, patterns, each, self.run.progress, f"evaluate {stage}")
         rates = [row["success_rate"] for row in rows]
         each = f" ({', '.join(f'{rate:.0%}' for rate in rates)})" if len(rates) > 1 else ""
         self.run.progress.say(f"{stage}: success {np.mean(rates):.0%}{each}")
-        return rows
+        return rows, episodes
 
     def train(self, trainer: Trainer, policy: Policy, patterns: Sequence[int], note: Callable[[dict[str, float]], str]) -> None:
         """Train to the end, or until `--stop-success` is reached: in training's last episodes, and then in an evaluation from training
@@ -200,7 +200,7 @@ class Job:
         Returns: the corpus, sorted by pattern, and what summary.json says of it.
         """
         run, args, task, env, progress = self.run, self.args, self.task, self.eval_env, self.run.progress
-        per_pattern = self.evaluate(policy, patterns, "Reinforce")
+        per_pattern, _ = self.evaluate(policy, patterns, "Reinforce")
         trained = run.checkpoint["history"][-1][1:]
         for line in gaps(per_pattern, trained):
             progress.say(line)

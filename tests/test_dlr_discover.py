@@ -31,7 +31,7 @@ from common.cli import run_command
 from common.data import Episode, check_file, read_attrs, read_episodes
 from common.networks import Normalizer
 from common.runs import Progress, load_checkpoint, save_checkpoint, versions, write_json
-from dlr_discover import Agent, Args, Curriculum, PatternEncoder, Reinforce, StateDecoder, elbo, gae, gaussian_kl
+from dlr_discover import Agent, Args, Curriculum, PatternEncoder, Reinforce, StateDecoder, elbo, gae, gaussian_kl, kept_apart
 
 torch.set_num_threads(1)
 
@@ -770,6 +770,19 @@ def test_reinforce_with_the_curriculum_gets_to_ordinary_resets(learned):
     env.set_states = []
     trainer.run_iteration()
     assert env.set_states == []
+
+
+def test_patterns_that_the_policy_confuses_are_dropped_before_reinforce():
+    """Of four: 1 becomes 0 in half of its rollouts, 2 in a tenth, and 3 never succeeds."""
+    commanded, named = np.repeat([0, 1, 2], 10), np.r_[[0] * 10, [1] * 5, [0] * 5, [2] * 9, [0]]
+    log_q, said = np.log(np.full((30, 4), 0.1) + 0.6 * np.eye(4)[named]), []
+    assert kept_apart(commanded, log_q, said.append) == [0, 2, 3]
+    assert said == ["Learn: pattern 1 is dropped: 50% of what succeeds is recognised, most of the rest as pattern 0"]
+    assert kept_apart(commanded, log_q, said.append, least=0.5) == [0, 1, 2, 3] and len(said) == 1
+    # three that are one: the last to be asked about has no other left to be mistaken for
+    log_q = np.log(np.array([[0.5, 0.3, 0.2]] * 9))
+    assert kept_apart(np.arange(9) % 3, log_q, said.append) == [0]
+    assert kept_apart(np.zeros(0, int), np.zeros((0, 3)), said.append) == [0, 1, 2]  # nothing succeeds yet
 
 
 # ---------------------------------------------------------------------------------------------- the whole job
