@@ -101,8 +101,10 @@ class Args(rollout.JobArgs):
     """and when it ends (geometric schedule): evaluation and the corpus take the mean action, so training must come near it"""
     max_grad_norm: PositiveOrInf = 0.5
     """gradients are clipped to this norm"""
-    kl_coef: NotNegative = 0.2
+    kl_coef: NotNegative = 0.05
     """weight of KL(policy || Learn policy) in the loss, which keeps noise in the updates from using up target_kl"""
+    kl_hold: NotNegative = 0.5
+    """the same for patterns in which the Learn policy succeeds (95 %): what they could gain is speed, and for that ways become one"""
     target_kl: PositiveOrInf = 1.0
     """E in Theorem 1: the policy loss is left out while KL(policy || Learn policy), in nats a step, is above it"""
     step_kl: PositiveOrInf = 0.1
@@ -523,8 +525,8 @@ def gaussian_kl(p: Normal, q: Normal) -> torch.Tensor:
 
 
 def ppo_losses(args: Args, agent: Agent, batch: dict, train_actor: bool) -> dict[str, torch.Tensor]:
-    """A minibatch's `value_loss`, and if `train_actor` also its `policy_loss` and, for the stops and the log, how far the policy is
-    (nats) from the one that acted (`moved`) and from Learn's (`kl_to_learn`)."""
+    """A minibatch's `value_loss`, and if `train_actor` also its `policy_loss` and `leash` and, for the stops and the log, how far the
+    policy is (nats) from the one that acted (`moved`) and from Learn's (`kl_to_learn`)."""
     features, z = agent.obs_encoder(batch["obs"]), batch["z"]
     row = {"value_loss": 0.5 * (agent.value(batch["obs"], z, features) - batch["returns"]).square().mean()}
     if train_actor:
@@ -533,7 +535,8 @@ def ppo_losses(args: Args, agent: Agent, batch: dict, train_actor: bool) -> dict
         ratio, advantages = log_ratio.exp(), batch["advantages"]
         clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
         row["policy_loss"] = -torch.min(advantages * ratio, advantages * clipped).mean()
-        row["kl_to_learn"] = gaussian_kl(policy, Normal(batch["learn_mean"], batch["std"])).mean()
+        kl_to_learn = gaussian_kl(policy, Normal(batch["learn_mean"], batch["std"]))
+        row |= {"kl_to_learn": kl_to_learn.mean(), "leash": (batch["leash"] * kl_to_learn).mean()}
         with torch.no_grad():
             row |= {
                 "moved": gaussian_kl(policy, Normal(batch["mean"], batch["std"])).mean(),
@@ -547,9 +550,10 @@ def ppo_losses(args: Args, agent: Agent, batch: dict, train_actor: bool) -> dict
 def ppo_update(args: Args, agent: Agent, optimizer, batch: dict, train_actor: bool) -> dict[str, float]:
     """One PPO update (Schulman et al. 2017) on a flattened rollout: obs, z, actions, log_probs, mean, std, advantages, returns.
 
-    The actor stops for this rollout when it has moved `step_kl` from the policy that acted. While its divergence from the
-    Learn policy, whose mean actions are `learn_mean`, exceeds `target_kl` it is only pulled back: Theorem 1's bound on how much of
-    one pattern's gradient reaches another rests on D_KL(pi_theta || pi_Learn) <= E.
+    The actor stops for this rollout when it has moved `step_kl` from the policy that acted. Its divergence from the Learn policy,
+    whose mean actions are `learn_mean`, weighs `leash` in the loss (by the pattern of each step), and while it exceeds `target_kl` the
+    actor is only pulled back: Theorem 1's bound on how much of one pattern's gradient reaches another rests on
+    D_KL(pi_theta || pi_Learn) <= E.
     """
     size, losses = len(batch["obs"]), compiled(ppo_losses, args.compile)
     logs: dict[str, list[torch.Tensor]] = {}  # read at the end: a GPU would be waited for
@@ -561,7 +565,7 @@ def ppo_update(args: Args, agent: Agent, optimizer, batch: dict, train_actor: bo
                 moved, strayed = torch.stack([row.pop("moved"), row["kl_to_learn"].detach()]).tolist()
                 train_actor = moved <= args.step_kl
                 if train_actor:
-                    loss = loss + args.kl_coef * row["kl_to_learn"] + (row["policy_loss"] if strayed <= args.target_kl else 0.0)
+                    loss = loss + row["leash"] + (row["policy_loss"] if strayed <= args.target_kl else 0.0)
             optimizer.zero_grad()
             loss.backward()
             if not train_actor:  # a compiled backward leaves zeros, and Adam would still move the policy
@@ -605,10 +609,21 @@ class Reinforce(rollout.Trainer):
 
     parts = ("agent", "reference", "optimizer", "bonus_encoder", "bonus_optimizer")
 
-    def __init__(self, args: Args, env: LiberoVectorEnv, agent: Agent, encoder: PatternEncoder, alive: list[int], curriculum=None):
+    def __init__(
+        self,
+        args: Args,
+        env: LiberoVectorEnv,
+        agent: Agent,
+        encoder: PatternEncoder,
+        alive: list[int],
+        learn_success: np.ndarray,
+        curriculum: Curriculum | None = None,
+    ):
+        """`learn_success` (K,): how often the Learn policy, which `agent` is, succeeds with each pattern."""
         if len(alive) == 1:  # no other pattern to keep apart from: Theorem 1's leash off, as in the paper's O2O-RL baseline
-            args = dataclasses.replace(args, kl_coef=0.0, target_kl=math.inf)
+            args = dataclasses.replace(args, kl_coef=0.0, kl_hold=0.0, target_kl=math.inf)
         super().__init__(args, env, agent, agent.num_patterns)
+        self.leash = torch.as_tensor(np.where(learn_success >= 0.95, args.kl_hold, args.kl_coef), dtype=torch.float32, device=agent.device)
         self.encoder, self.alive, self.curriculum = encoder, np.array(alive), curriculum
         self.reference = copy.deepcopy(agent).requires_grad_(False)  # the Learn policy
         self.bonus_encoder = copy.deepcopy(encoder).requires_grad_(args.mi_encoder == "onpolicy").to(agent.device)
@@ -692,6 +707,7 @@ class Reinforce(rollout.Trainer):
             "log_probs": log_probs.flatten(),
             "mean": means.flatten(0, 1),
             "learn_mean": learn_means,
+            "leash": self.leash[z],
             "std": torch.full_like(means.flatten(0, 1), std),
             "advantages": normalise_per_pattern(advantages.flatten(), z),
             "returns": returns,
@@ -788,7 +804,7 @@ def main() -> None:
     # 3. Reinforce
     if run.stage in ("learn", "reinforce"):
         curriculum = Curriculum(job.demos, patterns, np.random.default_rng(args.seed + 3)) if args.curriculum == "reverse" else None
-        job.train(Reinforce(args, job.train_env, agent, encoder, alive, curriculum), agent.act, alive, note)
+        job.train(Reinforce(args, job.train_env, agent, encoder, alive, learn_success, curriculum), agent.act, alive, note)
     agent.load_state_dict(run.checkpoint["agent"])
 
     # Roll out, keep successes

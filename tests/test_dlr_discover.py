@@ -503,10 +503,12 @@ def learned() -> Agent:
     return agent
 
 
-def make_trainer(learned, curriculum=None, alive=(0, 1), env=None, **changes) -> tuple[Reinforce, Plane]:
+def make_trainer(learned, curriculum=None, alive=(0, 1), env=None, learn_success=(0.5, 0.5), **changes) -> tuple[Reinforce, Plane]:
     torch.manual_seed(0)
     env = env or Plane()
-    trainer = Reinforce(plane_args(**changes), env, copy.deepcopy(learned), PatternEncoder(6, 2), list(alive), curriculum)
+    trainer = Reinforce(
+        plane_args(**changes), env, copy.deepcopy(learned), PatternEncoder(6, 2), list(alive), np.array(learn_success), curriculum
+    )
     env.trainer = trainer
     return trainer, env
 
@@ -580,6 +582,18 @@ def test_beyond_target_kl_the_policy_is_only_pulled_back(learned):
     trainer.run_iteration()
     assert same(weights(trainer.agent.actor), actor)  # without the pull it stands still
     assert not same(weights(trainer.agent.critic), critic)
+
+
+def test_patterns_that_were_learned_well_are_held_closer(learned):
+    strayed = {}
+    for success in (0.94, 0.95):
+        trainer, _ = make_trainer(learned, critic_warmup=0, target_kl=1e-6, step_kl=10.0, learn_success=(success, success))
+        with torch.no_grad():
+            trainer.agent.actor[-1].bias += 0.1
+        strayed[success] = [trainer.run_iteration()["losses/kl_to_learn"] for _ in range(3)][-1]
+    assert strayed[0.95] < 0.7 * strayed[0.94]
+    trainer, _ = make_trainer(learned, learn_success=(0.2, 1.0), kl_coef=0.1, kl_hold=0.3)
+    assert trainer.leash.tolist() == pytest.approx([0.1, 0.3])
 
 
 def test_reinforce_solves_the_plane_and_keeps_the_patterns_apart(learned):

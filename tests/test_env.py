@@ -47,10 +47,10 @@ def opened(task, state):
 
 @pytest.fixture(scope="module")
 def parity(assets, tmp_path_factory):
-    """Results of benchmarks.fidelity, in processes of their own, as LIBERO changes global state."""
+    """Results of benchmarks.fidelity, in a process of its own, as LIBERO changes global state."""
     file = tmp_path_factory.mktemp("fidelity") / "results.json"
     command = [sys.executable, "-m", "benchmarks.fidelity", "--part", "trajectories", "flags", "--steps", "40", "--states", "20"]
-    command += ["--processes", "2", "--assets", assets, "--json", str(file), "--tasks", *PARITY_TASKS]
+    command += ["--processes", "1", "--assets", assets, "--json", str(file), "--tasks", *PARITY_TASKS]
     subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, check=True)
     return json.loads(file.read_text())["tasks"]
 

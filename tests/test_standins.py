@@ -47,7 +47,7 @@ JOINTS = {  # axis in the body's frame, range, damping
 
 
 def build_tasks(folder: Path, task_ids, assets: str) -> dict[str, tasks.Task]:
-    """Tasks built in two processes of their own, with few training states and outside the cache: 1 s each on the stand-ins."""
+    """Tasks built in a process of their own, with few training states and outside the cache: 1 s each on the stand-ins."""
     code = """if True:
         import sys
         from pathlib import Path
@@ -61,12 +61,9 @@ def build_tasks(folder: Path, task_ids, assets: str) -> dict[str, tasks.Task]:
     """
     paths = {task_id: folder / f"{task_id.replace('/', '-')}.npz" for task_id in task_ids}
     arguments = [str(x) for pair in paths.items() for x in pair]
-    half = len(arguments) // 4 * 2  # two processes
-    running = [
-        subprocess.Popen([sys.executable, "-c", code, assets, *part], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        for part in (arguments[:half], arguments[half:])
-    ]
-    assert [process.wait() for process in running] == [0, 0]
+    subprocess.run(
+        [sys.executable, "-c", code, assets, *arguments], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True
+    )
     return {task_id: tasks._read_task(path) for task_id, path in paths.items()}
 
 
