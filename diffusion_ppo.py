@@ -34,13 +34,14 @@ from torch.distributions import Normal
 
 from common import plots, rollout, view
 from common.cli import Count, Fraction, NotNegative, Positive, PositiveOrInf, Range, UserError, run_command
+from common.job import Job, JobArgs, Trainer
 from common.libero.env import LiberoVectorEnv
 from common.networks import Normalizer, PixelEncoder, compiled, layer_init, mlp, random_shift
 from common.tensors import TensorDict, join, obs_buffer, to_tensor
 
 
 @dataclasses.dataclass
-class Args(rollout.JobArgs):
+class Args(JobArgs):
     """Clone demonstrations of a LIBERO task with a diffusion policy, improve it by PPO over denoising, and write a corpus."""
 
     # The policy
@@ -536,7 +537,7 @@ def ppo_update(args: Args, agent: Agent, optimizer, batch: dict, train_actor: bo
     return {name: float(np.mean(values)) for name, values in logs.items()} | {"updates": len(logs.get("policy_loss", []))}
 
 
-class Reinforce(rollout.Trainer):
+class Reinforce(Trainer):
     """PPO over denoising, warm-started from Learn; can be stopped and continued exactly."""
 
     def __init__(self, args: Args, env: LiberoVectorEnv, agent: Agent):
@@ -639,7 +640,7 @@ class Reinforce(rollout.Trainer):
 
 
 def main() -> None:
-    job = rollout.Job("diffusion_ppo", Args)
+    job = Job("diffusion_ppo", Args)
     args, run = job.args, job.run
     job.begin()
 

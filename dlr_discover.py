@@ -37,6 +37,7 @@ from torch.distributions import Categorical, Normal
 from common import metrics, plots, rollout, view
 from common.cli import Count, Fraction, NotNegative, Positive, PositiveOrInf, Range, UserError, run_command
 from common.data import Episode
+from common.job import Job, JobArgs, Trainer, switch_weights
 from common.libero import Task
 from common.libero.env import LiberoVectorEnv
 from common.libero.observation import observe_states
@@ -45,7 +46,7 @@ from common.tensors import TensorDict, join, obs_buffer, to_tensor
 
 
 @dataclasses.dataclass
-class Args(rollout.JobArgs):
+class Args(JobArgs):
     """Discover K patterns in demonstrations of a LIBERO task, learn them, reinforce each, and write a corpus."""
 
     # Discover
@@ -421,7 +422,7 @@ class Agent(nn.Module):
 def learn(args: Args, agent: Agent, demos: list[np.ndarray | dict], actions: list[np.ndarray], labels: list[np.ndarray], tick: Callable):
     """Behaviour cloning: maximise log pi(a | s, z) on the labelled demonstrations.
 
-    LIBERO takes the gripper's sign: its term is log P(sign) with P(close) = sigmoid(4 x its mean), weighted by `rollout.switch_weights`.
+    LIBERO takes the gripper's sign: its term is log P(sign) with P(close) = sigmoid(4 x its mean), weighted by `switch_weights`.
     A tenth of each pattern's episodes is held out; the weights of the best held-out loss are kept, and training stops after
     `learn_patience` epochs without a better one. `tick(epoch, losses)` is called after each epoch.
     """
@@ -433,7 +434,7 @@ def learn(args: Args, agent: Agent, demos: list[np.ndarray | dict], actions: lis
         members = np.flatnonzero(patterns == k)
         held_out[members[: max(1, len(members) // 10)]] = len(members) > 1
 
-    weights = [rollout.switch_weights(a, args.learn_switch_weight) for a in actions]
+    weights = [switch_weights(a, args.learn_switch_weight) for a in actions]
 
     def tensors(mask):
         columns = ([rows for rows, m in zip(column, mask, strict=True) if m] for column in (demos, actions, weights, labels))
@@ -604,7 +605,7 @@ class Curriculum:
             self.progress = min(1.0, self.progress + 0.1)
 
 
-class Reinforce(rollout.Trainer):
+class Reinforce(Trainer):
     """PPO with all patterns together, one pattern an episode, warm-started from Learn; can be stopped and continued exactly."""
 
     parts = ("agent", "reference", "optimizer", "bonus_encoder", "bonus_optimizer")
@@ -761,7 +762,7 @@ class Reinforce(rollout.Trainer):
 
 
 def main() -> None:
-    job = rollout.Job("dlr_discover", Args)
+    job = Job("dlr_discover", Args)
     args, run, task = job.args, job.run, job.task
     job.begin()
     demo_states = [observe_states(task, e.states) for e in job.demos]  # Discover's, whatever the policy sees

@@ -33,13 +33,14 @@ from torch.distributions import Normal
 
 from common import plots, rollout, view
 from common.cli import Count, Fraction, NotNegative, Positive, PositiveOrInf, Range, UserError, run_command
+from common.job import Job, JobArgs, Trainer, switch_weights
 from common.libero.env import LiberoVectorEnv
 from common.networks import Normalizer, PixelEncoder, compiled, mlp, random_shift
 from common.tensors import TensorDict, join, obs_buffer, to_tensor
 
 
 @dataclasses.dataclass
-class Args(rollout.JobArgs):
+class Args(JobArgs):
     """Clone demonstrations of a LIBERO task with a Gaussian policy, improve it by PPO, and write a corpus."""
 
     # Learn
@@ -141,7 +142,7 @@ class Agent(nn.Module):
 def learn(args: Args, agent: Agent, demos: list[np.ndarray | dict], actions: list[np.ndarray], tick: Callable):
     """Behaviour cloning: maximise log pi(a | s) on demonstrations, observations (T_i, ...) and actions (T_i, 7).
 
-    LIBERO takes the gripper's sign: its term is log P(sign) with P(close) = sigmoid(4 x its mean), weighted by `rollout.switch_weights`.
+    LIBERO takes the gripper's sign: its term is log P(sign) with P(close) = sigmoid(4 x its mean), weighted by `switch_weights`.
     A tenth of the episodes is held out; the weights of the best held-out loss are kept, and training stops after `learn_patience`
     epochs without a better one. `tick(epoch, losses)` is called after each epoch.
     """
@@ -149,7 +150,7 @@ def learn(args: Args, agent: Agent, demos: list[np.ndarray | dict], actions: lis
     agent.obs_encoder.fit(join(demos))
     held_out = np.arange(len(demos)) < (max(1, len(demos) // 10) if len(demos) > 1 else 0)
 
-    weights = [rollout.switch_weights(a, args.learn_switch_weight) for a in actions]
+    weights = [switch_weights(a, args.learn_switch_weight) for a in actions]
 
     def tensors(mask):
         columns = ([rows for rows, m in zip(column, mask, strict=True) if m] for column in (demos, actions, weights))
@@ -260,7 +261,7 @@ def ppo_update(args: Args, agent: Agent, optimizer, batch: dict, train_actor: bo
     return {name: float(np.mean(values)) for name, values in logs.items()} | {"updates": len(logs.get("policy_loss", []))}
 
 
-class Reinforce(rollout.Trainer):
+class Reinforce(Trainer):
     """PPO, warm-started from Learn; can be stopped and continued exactly."""
 
     parts = ("agent", "reference", "optimizer")
@@ -345,7 +346,7 @@ class Reinforce(rollout.Trainer):
 
 
 def main() -> None:
-    job = rollout.Job("gaussian_ppo", Args)
+    job = Job("gaussian_ppo", Args)
     args, run = job.args, job.run
     job.begin()
 

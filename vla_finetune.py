@@ -33,10 +33,11 @@ from gymnasium.vector import AutoresetMode
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import policies, rollout
+from common import policies
 from common.cli import Count, NotNegative, Positive, PositiveOrInf, Range, UserError, run_command
 from common.data import vla as vla_data
 from common.data.vla import ACTION_SIZE, CAMERAS, PROPRIO, Chunks, Order
+from common.job import choose_devices
 from common.libero import Task, load_task, make_env
 from common.libero.assets import assets_like
 from common.libero.renderers import Renderer, available, make_renderer
@@ -484,7 +485,7 @@ def evaluate_policy(args: Args, run: SharedRun, device: torch.device) -> None:
 def main() -> None:
     run = SharedRun("vla_finetune", Args)
     device = prepare(run)
-    run.args = args = dataclasses.replace(run.args, backend=rollout.choose_devices(run.args).backend)
+    run.args = args = dataclasses.replace(run.args, backend=choose_devices(run.args).backend)
     if args.policy:
         return evaluate_policy(args, run, device)
     corpora = [] if args.eval_only else args.read()

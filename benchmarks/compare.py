@@ -32,6 +32,7 @@ from common import metrics, plots, rollout
 from common.cli import UserError, atomic_path, run_command
 from common.data import Episode, read_episodes
 from common.demos import collect, strategies
+from common.job import load_demos
 from common.libero import Task, load_task
 from common.libero.make import choose_physics
 from common.runs import Progress, read_config, read_finished, stored_args, write_json
@@ -279,7 +280,7 @@ def main() -> None:
         raise UserError(f"the runs were made on different assets: {', '.join(kinds)}")
     task = load_task(names[0], args.assets, made_on=kinds[0], file=args.runs[0])
     first = runs[0].config["args"]
-    demos, source = rollout.load_demos(first["demos"], task, first["num_demos"], first["demo_noise"], first["seed"], Progress())
+    demos, source = load_demos(first["demos"], task, first["num_demos"], first["demo_noise"], first["seed"], Progress())
     merged = [load_comparison(path, task) for path in args.merge]
     size = min(len(demos), *(len(run.corpus) for run in runs), *(old["trajectories"] for old in merged))
     if uneven := [path for path, old in zip(args.merge, merged, strict=True) if old["trajectories"] > size]:

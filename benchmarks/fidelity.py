@@ -50,6 +50,7 @@ from gymnasium.vector import AutoresetMode
 from common.cli import UserError, run_command, usable_cores
 from common.data import Episode
 from common.demos import Demonstrator, Strategy, strategies
+from common.job import obs_encoder, observation
 from common.libero import Task, load_task, make_env
 from common.libero.assets import find_assets
 from common.libero.env import share_cores
@@ -58,7 +59,7 @@ from common.libero.original import libero_env
 from common.libero.step import NO_OP
 from common.libero.tasks import Predicate
 from common.metrics import newcombe_interval
-from common.rollout import obs_encoder, observation, roll_out
+from common.rollout import roll_out
 from common.runs import Progress, load_checkpoint, read_finished, stored_args, versions, write_json
 from common.suites import SUITES, resolve, task_names
 

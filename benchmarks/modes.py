@@ -26,6 +26,7 @@ from benchmarks.recognition import classify
 from common import metrics, rollout
 from common.cli import Count, Range, UserError, check_ranges, run_command
 from common.data import Episode
+from common.job import load_demos
 from common.libero import Task, make_env
 from common.libero.observation import observe_states
 from common.runs import Progress, read_finished, versions, write_json
@@ -74,7 +75,7 @@ def measure(run: Path, args: Args, progress: Progress) -> dict:
     config, summary = read_finished(run)
     task, options, make, patterns = load_policy(run, args.assets)
     first = config["args"]
-    demos, _ = rollout.load_demos(first["demos"], task, first["num_demos"], first["demo_noise"], first["seed"], progress)
+    demos, _ = load_demos(first["demos"], task, first["num_demos"], first["demo_noise"], first["seed"], progress)
     truth = np.array([e.attrs.get("strategy", "") for e in demos])
     if not all(truth):
         raise UserError(f"{run} learned from demonstrations whose way isn't known")

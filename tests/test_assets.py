@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 import gaussian_ppo
-from common import rollout
 from common.cli import UserError
+from common.job import Job
 from common.libero import assets as assets_module
 from common.libero import load_task, standins
 from common.libero.assets import LIBERO, asset_names, assets_like, find_assets, fingerprint
@@ -293,7 +293,7 @@ def test_scripts_take_the_assets_of_their_files(demos, drawer_task, tmp_path, mo
         asked.append(arguments)
         raise UserError("that is all")
 
-    monkeypatch.setattr(rollout, "load_task", load)
+    monkeypatch.setattr("common.job.load_task", load)
     (tmp_path / "config.json").write_text(json.dumps({"script": "gaussian_ppo", "args": {"task": "x"}, "assets": "standin:0123456789"}))
     for flags in (
         ["--demos", str(demos)],
@@ -303,7 +303,7 @@ def test_scripts_take_the_assets_of_their_files(demos, drawer_task, tmp_path, mo
     ):
         monkeypatch.setattr(sys, "argv", ["gaussian_ppo.py", *flags])
         with pytest.raises(UserError, match="that is all"):
-            rollout.Job("gaussian_ppo", gaussian_ppo.Args)
+            Job("gaussian_ppo", gaussian_ppo.Args)
     task = gaussian_ppo.Args().task
     assert asked == [
         (task, None, drawer_task.assets, str(demos)),

@@ -681,7 +681,7 @@ def test_wrong_flag_values(capsys, tmp_path, flags, message):
     ids=["another flag", "another script", "another task"],
 )
 def test_runs_that_cannot_be_resumed(capsys, tmp_path, drawer_task, demos, monkeypatch, content, flags, message):
-    monkeypatch.setattr(rollout, "load_task", lambda *_: drawer_task)
+    monkeypatch.setattr("common.job.load_task", lambda *_: drawer_task)
     run = stopped_run(diffusion_ppo, tmp_path, demos, drawer_task, content)
     line = refused(diffusion_ppo, capsys, tmp_path, "--resume", run, *flags.split())
     assert message in line and str(run) in line

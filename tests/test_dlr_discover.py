@@ -26,7 +26,7 @@ from torch.distributions import Categorical, Laplace, MultivariateNormal, Normal
 
 import dlr_discover
 from benchmarks import modes
-from common import metrics, rollout
+from common import metrics
 from common.cli import run_command
 from common.data import Episode, check_file, read_attrs, read_episodes
 from common.networks import Normalizer
@@ -940,7 +940,7 @@ def test_wrong_task(refused, tmp_path, task, message):
 @pytest.fixture
 def refused_drawer(refused, drawer_task, demos, tmp_path, monkeypatch):
     """`refused` for the drawer task, loaded once; a copy of its demonstrations is in tmp_path / "demos.hdf5"."""
-    monkeypatch.setattr(rollout, "load_task", lambda *_: drawer_task)
+    monkeypatch.setattr("common.job.load_task", lambda *_: drawer_task)
     shutil.copy(demos, tmp_path / "demos.hdf5")
     return lambda *flags: refused(*job(tmp_path / "demos.hdf5", tmp_path / "runs", *flags))
 

@@ -21,9 +21,10 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 import diffusion_ppo
 import dlr_discover
 import gaussian_ppo
-from common import rollout, runs
+from common import runs
 from common.cli import UserError, run_command
 from common.data import check_file, read_attrs, read_episodes
+from common.job import choose_devices, switch_weights
 from common.libero import make_env
 from common.libero.make import choose_physics
 from common.networks import Normalizer
@@ -100,13 +101,13 @@ def test_what_auto_means(monkeypatch, gpu, given, chosen):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     checks = torch.distributions.Distribution
     monkeypatch.setattr(checks, "_validate_args", True)
-    args = rollout.choose_devices(Args(**given))
+    args = choose_devices(Args(**given))
     assert (args.device, args.backend) == chosen and checks._validate_args == (chosen[0] == "cpu")
     assert args.physics == choose_physics("auto", args.backend)
     assert (args.encoder, args.image_size) == {"cpu": ("small", 64), "cuda": ("resnet18", 84)}[args.device]
     auto = {"device": "auto", "backend": "auto", "physics": "auto", "encoder": "auto", "image_size": 0}
     assert dataclasses.replace(args, **auto) == dataclasses.replace(Args(**given), **auto)
-    assert rollout.choose_devices(args) == args  # so that a resumed run is where it was
+    assert choose_devices(args) == args  # so that a resumed run is where it was
 
 
 @pytest.mark.parametrize("script", [dlr_discover, gaussian_ppo, diffusion_ppo], ids=lambda script: script.__name__)
@@ -206,7 +207,7 @@ def test_the_mean_action_closes_the_hand_where_demonstrations_do(script):
 def test_switch_weights_are_of_each_change_and_the_step_after():
     actions = np.zeros((9, 7))
     actions[:, 6] = [-1, -1, 1, 1, 1, 0.3, -0.2, -1, 1]
-    np.testing.assert_array_equal(rollout.switch_weights(actions, 5.0), [1, 1, 5, 5, 1, 1, 5, 5, 5])
+    np.testing.assert_array_equal(switch_weights(actions, 5.0), [1, 1, 5, 5, 1, 1, 5, 5, 5])
 
 
 def test_learn_with_one_demonstration():
@@ -607,14 +608,14 @@ def test_wrong_flag_values(capsys, tmp_path, flags, message):
 
 
 def test_missing_demonstrations(capsys, tmp_path, drawer_task, monkeypatch):
-    monkeypatch.setattr(rollout, "load_task", lambda *_: drawer_task)
+    monkeypatch.setattr("common.job.load_task", lambda *_: drawer_task)
     line = refused(gaussian_ppo, capsys, tmp_path, *job(tmp_path / "none.hdf5", tmp_path / "runs"))
     assert "no such file" in line and str(tmp_path / "none.hdf5") in line
 
 
 def test_no_success_no_corpus(demos, tmp_path, drawer_task, monkeypatch, capsys):
-    monkeypatch.setattr(rollout, "load_task", lambda *_: drawer_task)
-    monkeypatch.setattr(rollout, "make_env", lambda *args, **kwargs: make_env(*args, max_steps=3, **kwargs))  # nobody is so quick
+    monkeypatch.setattr("common.job.load_task", lambda *_: drawer_task)
+    monkeypatch.setattr("common.job.make_env", lambda *args, **kwargs: make_env(*args, max_steps=3, **kwargs))  # nobody is so quick
     with pytest.raises(SystemExit) as exit_:
         run_main(gaussian_ppo, *job(demos, tmp_path / "runs", "--learn-epochs", "1", "--total-steps", "64"))
     (run,) = (tmp_path / "runs").iterdir()
@@ -642,7 +643,7 @@ def stopped_run(script, folder: Path, demos, task, content: dict) -> Path:
     ids=["another flag", "another script", "another task"],
 )
 def test_runs_that_cannot_be_resumed(capsys, tmp_path, drawer_task, demos, monkeypatch, content, flags, message):
-    monkeypatch.setattr(rollout, "load_task", lambda *_: drawer_task)
+    monkeypatch.setattr("common.job.load_task", lambda *_: drawer_task)
     run = stopped_run(gaussian_ppo, tmp_path, demos, drawer_task, content)
     line = refused(gaussian_ppo, capsys, tmp_path, "--resume", run, *flags.split())
     assert message in line and str(run) in line

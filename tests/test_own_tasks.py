@@ -14,7 +14,7 @@ import diffusion_ppo
 import dlr_discover
 import gaussian_ppo
 import vla_finetune
-from common import rollout, suites
+from common import suites
 from common.bddl import PREDICATES, WORKSPACES, check_bddl
 from common.cli import UserError
 from common.data import read_attrs, read_episodes
@@ -289,7 +289,7 @@ FLAGS = {dlr_discover: "--num-patterns 2 --discover-steps 20", gaussian_ppo: "",
 def test_rl_scripts_take_it(script, kind, request, tmp_path, assets, monkeypatch, capsys):
     """Every stage, with episodes that are over too soon to succeed; the run records the task by what is in its file, and resumes."""
     task, demos = request.getfixturevalue(kind), request.getfixturevalue(f"{kind}_demos")
-    monkeypatch.setattr(rollout, "make_env", lambda *args, **kwargs: make_env(*args, max_steps=3, **kwargs))
+    monkeypatch.setattr("common.job.make_env", lambda *args, **kwargs: make_env(*args, max_steps=3, **kwargs))
     flags = ["--task", OURS if kind == "own" else task.id.partition("@")[0], "--demos", demos, "--assets", assets]
     with pytest.raises(SystemExit):
         run_main(script, *flags, "--run-folder", tmp_path / "runs", *TINY.split(), *FLAGS[script].split())

@@ -17,9 +17,9 @@ from test_gaussian_ppo import run_main, same, weights
 import diffusion_ppo
 import dlr_discover
 import gaussian_ppo
-from common import rollout
 from common.cli import UserError
 from common.data import read_episodes, write_episodes
+from common.job import observe_demos
 from common.libero import make_env
 from common.libero.renderers import make_renderer
 from common.networks import compiled, make_obs_encoder
@@ -99,7 +99,7 @@ def test_pixel_env_shows_what_the_renderer_draws(drawer_task):
 def test_demonstrations_are_seen_as_by_the_environment(drawer_task, demos):
     episode = read_episodes(demos, drawer_task)[0]
     env = make_env(drawer_task, 1, obs="pixels", image_size=32, autoreset_mode=AutoresetMode.DISABLED)
-    (seen,) = rollout.observe_demos(env, [dataclasses.replace(episode, states=episode.states[:3], actions=episode.actions[:3])], Progress())
+    (seen,) = observe_demos(env, [dataclasses.replace(episode, states=episode.states[:3], actions=episode.actions[:3])], Progress())
     assert seen["agentview_rgb"].shape == (3, 32, 32, 3) and seen["proprio"].shape == (3, 9)
     for t in range(3):
         env.set_state(episode.states[t : t + 1])
@@ -317,7 +317,7 @@ def test_whole_job_in_pixels(script, demos, tmp_path, drawer_task, monkeypatch, 
         proprio = {name: x[:20] for name, x in e.proprio.items()}
         few.append(dataclasses.replace(e, states=e.states[:20], actions=e.actions[:20], proprio=proprio, final_state=e.states[20]))
     write_episodes(tmp_path / "few.hdf5", few, drawer_task, {})
-    monkeypatch.setattr(rollout, "make_env", lambda *args, **kwargs: make_env(*args, max_steps=3, **kwargs))
+    monkeypatch.setattr("common.job.make_env", lambda *args, **kwargs: make_env(*args, max_steps=3, **kwargs))
     flags = ["--task", "libero_goal/0", "--demos", tmp_path / "few.hdf5", "--run-folder", tmp_path / "runs", *TINY.split()]
     flags += OWN[script].split()
     with pytest.raises(SystemExit):

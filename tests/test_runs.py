@@ -24,6 +24,7 @@ from gymnasium.vector import AutoresetMode
 from common import rollout, runs
 from common.cli import UserError, atomic_path, run_command
 from common.data import check_file, image_names, read_attrs
+from common.job import Job, JobArgs, Trainer, gaps
 from common.libero import make_env
 from common.runs import (
     Progress,
@@ -252,7 +253,7 @@ def test_resume_errors(tmp_path, resumed):
 
 
 @dataclasses.dataclass
-class JobArgs(Args):
+class RunArgs(Args):
     run_folder: str = "runs"
     allow_mismatch: bool = False
     checkpoint_interval: int = 1
@@ -268,7 +269,7 @@ def begin(tmp_path, monkeypatch):
 
     def begin(*flags, assets="a", name="suite/task"):
         monkeypatch.setattr(sys, "argv", ["dlr_discover.py", "--run-folder", str(tmp_path / "runs"), *map(str, flags)])
-        run = Run("dlr_discover", JobArgs)
+        run = Run("dlr_discover", RunArgs)
         run.open(name, depends={"assets": assets}, demos="scripted")
         return run
 
@@ -409,13 +410,13 @@ def test_weights_that_are_not_finite_are_never_saved(begin):
 
 def test_success_that_training_and_evaluation_disagree_on_is_said():
     rows = [{"pattern": z, "success_rate": rate} for z, rate in ((0, 0.8), (1, 0.79), (3, 1.0), (4, 0.1))]
-    lines = rollout.gaps(rows, [0.9, 0.9, 0.0, 0.7, math.nan])
+    lines = gaps(rows, [0.9, 0.9, 0.0, 0.7, math.nan])
     assert [line.partition(" in the last")[0] for line in lines] == [
         "warning: pattern 1 succeeded 90%",
         "warning: pattern 3 succeeded 70%",
     ]
     assert "and 79% in the evaluation" in lines[0]
-    assert rollout.gaps([{"pattern": 0, "success_rate": 0.5}], [0.7])[0].startswith("warning: the policy succeeded 70%")
+    assert gaps([{"pattern": 0, "success_rate": 0.5}], [0.7])[0].startswith("warning: the policy succeeded 70%")
 
 
 def test_a_resumed_run_logs_each_step_once(begin):
@@ -443,7 +444,7 @@ def fail_at(run: Run, iteration: int) -> None:
     run.train(trainer, note)
 
 
-class Succeeding(rollout.Trainer):
+class Succeeding(Trainer):
     """A trainer of two patterns, of 30 iterations of 10 steps in 2 environments, whose episodes succeed at these `rates`."""
 
     def __init__(self, rates: list[float], stop_success: float | None):
@@ -482,16 +483,16 @@ def test_training_stops_when_training_and_evaluation_say_so(begin, monkeypatch, 
     trainer = Succeeding(rates, stop_success)
     trainer.args.eval_episodes = 50
     job = types.SimpleNamespace(run=run, args=trainer.args, eval_env=types.SimpleNamespace(reset=lambda seed: None))
-    rollout.Job.train(job, trainer, None, [0, 1], lambda logs: "")
+    Job.train(job, trainer, None, [0, 1], lambda logs: "")
     assert (trainer.iteration, len(seen)) == (stopped, looks)
     assert run.stage == "roll out"
     let_go(run)
 
 
 def test_a_run_from_before_there_was_a_choice_keeps_its_physics_and_its_steps():
-    found = runs.stored_args(rollout.JobArgs, {"seed": 3, "gone": 1})
+    found = runs.stored_args(JobArgs, {"seed": 3, "gone": 1})
     assert (found.seed, found.physics, found.stop_success) == (3, "exact", None)
-    assert runs.stored_args(rollout.JobArgs, {"physics": "sleep", "stop_success": 0.9}).physics == "sleep"
+    assert runs.stored_args(JobArgs, {"physics": "sleep", "stop_success": 0.9}).physics == "sleep"
 
 
 def test_revision_is_not_another_repositorys(tmp_path, monkeypatch):

@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 from test_data import NQ, NV, TASK, at, attr, episode, put
 
-from common import rollout
 from common.cli import UserError, atomic_path
 from common.data import check_file, read_attrs, read_episodes, write_episodes
 from common.data import write as write_module
 from common.data.__main__ import main
 from common.data.understand import understand
 from common.data.write import portable
+from common.job import load_demos
 from common.libero.judge import goal_reached
 from common.runs import Progress
 from common.suites import SUITES, instruction, task_names
@@ -318,10 +318,10 @@ def test_filter_keys_of_the_scripts(demos, drawer_task, tmp_path):
     with h5py.File(shutil.copy(demos, tmp_path / "a.hdf5"), "r+") as file:
         masked(file)
     how = (drawer_task, 8, 0.1, 0, Progress(1e9))
-    chosen, source = rollout.load_demos(str(tmp_path / "a.hdf5"), *how, filter_key="train")
+    chosen, source = load_demos(str(tmp_path / "a.hdf5"), *how, filter_key="train")
     assert len(chosen) == 2 and source == f"{tmp_path / 'a.hdf5'} (filter key train)"
     with pytest.raises(UserError, match="--filter-key is for a file of demonstrations"):
-        rollout.load_demos("scripted", *how, filter_key="train")
+        load_demos("scripted", *how, filter_key="train")
 
 
 def test_robomimic_takes_the_same_demonstrations(path):
