@@ -76,8 +76,8 @@ class Args(JobArgs):
     """width of the hidden layers"""
 
     # Reinforce
-    total_steps: Count = 300_000
-    """environment steps of PPO"""
+    total_steps: Count | None = None
+    """environment steps of PPO (default: 2,400 times the mean length of demonstrations, 300,000 at least)"""
     num_steps: Count = 128
     """steps an environment takes between updates"""
     gamma: Fraction = 0.99

@@ -139,6 +139,10 @@ class Job:
         self.demos, self.demo_source = load_demos(
             args.demos, task, args.num_demos, args.demo_noise, args.seed, run.progress, args.filter_key
         )
+        if args.total_steps is None:  # config.json keeps the None: it is of the demonstrations, which a resumed run has, too
+            longest = max(300_000, round(2400 * np.mean([e.length for e in self.demos])))
+            self.args = dataclasses.replace(args, total_steps=longest)
+            run.progress.say(f"Reinforce: {longest:,} steps at most")
 
     def begin(self) -> None:
         """Begin the run, or go on with it."""

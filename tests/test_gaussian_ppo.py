@@ -24,7 +24,7 @@ import gaussian_ppo
 from common import runs
 from common.cli import UserError, run_command
 from common.data import check_file, read_attrs, read_episodes
-from common.job import choose_devices, switch_weights
+from common.job import Job, choose_devices, switch_weights
 from common.libero import make_env
 from common.libero.make import choose_physics
 from common.networks import Normalizer
@@ -570,6 +570,19 @@ def check_resumed_is_the_same(script, demos, tmp_path, drawer_task, *flags) -> N
 
 def test_whole_job_killed_and_resumed_is_as_if_never_stopped(demos, tmp_path, drawer_task):
     check_resumed_is_the_same(gaussian_ppo, demos, tmp_path, drawer_task)
+
+
+def test_what_takes_longer_to_do_is_trained_for_longer(demos, drawer_task, tmp_path, monkeypatch):
+    monkeypatch.setattr("common.job.load_task", lambda *_: drawer_task)
+    episodes = read_episodes(demos, drawer_task)
+    for length, steps, flags in ((100, 300_000, []), (216, 518_400, []), (216, 64, ["--total-steps", "64"])):
+        same_length = [dataclasses.replace(e, actions=np.zeros((length, 7), np.float32)) for e in episodes]
+        monkeypatch.setattr("common.job.load_demos", lambda *_, found=same_length: (found, "made up"))
+        monkeypatch.setattr(
+            sys, "argv", ["gaussian_ppo.py", "--task", "libero_goal/0", "--num-envs", "1", "--run-folder", str(tmp_path), *flags]
+        )
+        made = Job("gaussian_ppo", gaussian_ppo.Args)
+        assert made.args.total_steps == steps and made.run.args.total_steps == (64 if flags else None)
 
 
 # ---------------------------------------------------------------------------------------------- bad input
