@@ -54,7 +54,7 @@ class Args:
     assets: str | None = None
     """a folder, libero or standin (default: as everywhere)"""
     json: Path | None = None
-    """also write the numbers to this file, and go on from what it holds"""
+    """also write the numbers to this file, and go on from what it holds of tasks"""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -120,6 +120,8 @@ def main() -> None:
     args = tyro.cli(Args)
     if args.runs:
         rows = [trained(run, args) for run in tqdm(args.runs, desc="runs")]
+        if args.json:
+            write_json(args.json, {"versions": versions(), "rows": rows})
     else:
         asked = {"assets": asset_set(args.assets), "mujoco": mujoco.__version__, "episodes": args.episodes}
         repertoires = {row["task"]: [s["name"] for s in row["strategies"]] for row in read_rows(REPERTOIRES)}
