@@ -155,7 +155,8 @@ def make_trainer(script, env=None, seed=0, **changes):
         return script.Reinforce(args, env, script.Agent(args, encoder))
     if script is gaussian_ppo:
         return script.Reinforce(args, env, script.Agent(encoder, args.hidden))
-    return script.Reinforce(args, env, script.Agent(encoder, 2, args.hidden), script.PatternEncoder(6, 2), [0, 1])
+    parts = script.Agent(encoder, 2, args.hidden), script.PatternEncoder(6, 2)
+    return script.Reinforce(args, env, *parts, [0, 1], np.ones(2))
 
 
 SCRIPTS = pytest.mark.parametrize("script", [dlr_discover, gaussian_ppo, diffusion_ppo], ids=lambda script: script.__name__)
