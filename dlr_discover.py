@@ -800,7 +800,8 @@ def main() -> None:
         alive = kept_apart(*recognise(task, layout, decoder, args.discover_points, [e for e in episodes if e.success]), run.progress.say)
         run.save("learn", agent=agent.state_dict(), learn_success=[row["success_rate"] for row in rows], alive=alive)
     agent.load_state_dict(run.checkpoint["agent"])
-    alive, learn_success = run.checkpoint["alive"], np.asarray(run.checkpoint["learn_success"])
+    alive = run.checkpoint.get("alive", list(range(k)))  # runs of earlier revisions kept all
+    learn_success = np.asarray(run.checkpoint["learn_success"])
 
     # 3. Reinforce
     if run.stage in ("learn", "reinforce"):
