@@ -65,13 +65,14 @@ FAULTS = ["kill", "term", "interrupt", "disk full", "read-only", "files", "memor
 FAULTS += ["worker", "truncated", "changed"]
 VLA_ALONE = ("worker", "truncated", "changed")
 CODES = {"kill": {-9}, "term": {143, -15}, "interrupt": {130}, "clock": {0}, "second process": {0}}  # the others: 2
+TASK = "--task libero_goal/0"
 RL = """--num-envs 4 --torch-threads 1 --learn-epochs 100 --hidden 64 --num-steps 16 --total-steps 384
     --num-minibatches 2 --update-epochs 2 --checkpoint-interval 1 --eval-episodes 1 --corpus-episodes 1 --no-videos"""
 VLA = "--size tiny --chunk 4 --batch-size 4 --num-workers 1 --torch-threads 1 --checkpoint-interval 4 --eval-interval 4"
 FLAGS = {
-    "gaussian_ppo": f"--task libero_goal/0 {RL} --actor-lr 1e-5 --critic-warmup 1",
-    "dlr_discover": f"--task libero_goal/0 {RL} --actor-lr 1e-5 --critic-warmup 1 --num-patterns 2 --discover-steps 60 --discover-points 16",
-    "diffusion_ppo": f"--task libero_goal/0 {RL} --actor-lr 1e-6 --critic-warmup 1",
+    "gaussian_ppo": f"{TASK} {RL} --actor-lr 1e-5 --critic-warmup 1",
+    "dlr_discover": f"{TASK} {RL} --actor-lr 1e-5 --critic-warmup 1 --num-patterns 2 --discover-steps 60 --discover-points 16",
+    "diffusion_ppo": f"{TASK} {RL} --actor-lr 1e-6 --critic-warmup 1",
     "vla_pretrain": f"{VLA} --steps 16 --warmup 1",
     "vla_finetune": f"{VLA} --epochs 0.06 --warmup 1 --trials 1 --num-envs 1 --videos 0 --replan 4",
     "sweep": f"gaussian_ppo.py --tasks libero_goal/0 --seeds 1 2 --cores 1 -- {RL} --actor-lr 1e-5 --critic-warmup 1",

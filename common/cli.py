@@ -41,7 +41,7 @@ def run_command(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         sys.exit(_fail(str(error)))
-    except (OSError, RuntimeError, MemoryError) as error:
+    except Exception as error:  # some of MuJoCo's and torch's have no base of their own
         if (line := _shortage(error)) is None:
             raise
         sys.exit(_fail(line))
@@ -63,7 +63,8 @@ def _shortage(error: Exception) -> str | None:
         return f"too many files are open in this process, which may have {limit}; allow more: ulimit -n {max(4096, 2 * limit)}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
         return f"the GPU's memory is full ({said}); take fewer environments, or smaller batches"
-    if isinstance(error, MemoryError) or number == errno.ENOMEM or "can't allocate memory" in said or "std::bad_alloc" in said:
+    full = ("can't allocate memory", "Could not allocate memory", "std::bad_alloc")  # torch's, MuJoCo's, C++'s
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or any(words in said for words in full):
         return f"the memory is full ({said or 'out of memory'}); take fewer environments or workers, or smaller batches"
     if "can't start new thread" in said or number == errno.EAGAIN:
         return f"no more threads or processes can be started ({said}); stop others, or allow more: ulimit -u"

@@ -16,6 +16,7 @@ import time
 import types
 from pathlib import Path
 
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -529,6 +530,7 @@ def fail(error):
         (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 2, "cannot write /x/y: No space left on device"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "cannot write /x: Permission denied"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), 2, "error: the GPU's memory is full (CUDA out of memory. Tried)"),
+        (mujoco.FatalError("Could not allocate memory"), 2, "error: the memory is full (Could not allocate memory)"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
