@@ -478,6 +478,13 @@ def test_report(tmp_path, script):
     assert (out / "table.md").read_text() == table
 
 
+def test_tasks_of_ones_own_come_last(tmp_path, script):
+    file = Path(__file__).parent.parent / "docs" / "tasks" / "put_the_cream_cheese_on_the_plate.bddl"
+    run(script, "--tasks", file, TASKS[1], "--out", tmp_path / "out")
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert list(rows(tmp_path / "out")) == ["libero_goal", "tasks"] and table.index("| libero_goal |") < table.index("| tasks | 1 of 1 |")
+
+
 def test_failed_runs_count_as_zero_beside(tmp_path):
     row = dict.fromkeys(report.FIELDS) | {"suite": "libero_goal", "minutes": 30.0}
     rows = [

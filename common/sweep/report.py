@@ -146,11 +146,16 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(str(cell) for cell in cells)} |\n" for cells in lines)
 
 
+def _suite_order(suite: str) -> tuple[int, str]:
+    """LIBERO's suites in its order, then those of tasks of one's own."""
+    return (SUITES.index(suite) if suite in SUITES else len(SUITES), suite)
+
+
 def suites_table(rows: list[dict]) -> str:
     """Means over tasks, seeds averaged before, with the interval over tasks."""
     lines = []
     found = {row["suite"] for row in rows}
-    for suite in [*(s for s in SUITES if s in found), *sorted(found - set(SUITES))]:
+    for suite in sorted(found, key=_suite_order):
         mine = [row for row in rows if row["suite"] == suite]
         done = [row for row in mine if row["state"] == "done"]
         failed = sum(row["state"] == "failed" for row in mine)
@@ -224,7 +229,7 @@ def card(settings: dict, rows: list[dict], command: str) -> str:
 
 def write(out: Path, settings: dict, jobs: list[Job]) -> str:
     """Write the sweep's report into `out`; returns a summary for the terminal."""
-    jobs = sorted(jobs, key=lambda job: (SUITES.index(job.task.split("/")[0]), settings["jobs"].index((job.task, job.seed))))
+    jobs = sorted(jobs, key=lambda job: (_suite_order(job.task.split("/")[0]), settings["jobs"].index((job.task, job.seed))))
     rows = [row(job) for job in jobs]
     settings = settings | {"revision": versions()["revision"]}
     command = " ".join(["python", settings["script"], *settings["flags"]])
