@@ -23,8 +23,8 @@ pytestmark = pytest.mark.skipif(not hasattr(mujoco.mjtEnableBit, "mjENBL_SLEEP")
 
 @pytest.fixture(scope="module")
 def bowl_task(assets):
-    """libero_goal/8: put the bowl on the plate, a goal that asks for contact."""
-    return load_task("libero_goal/8", assets)
+    """libero_spatial/7: put the bowl on the plate, a goal that asks for contact."""
+    return load_task("libero_spatial/7", assets)
 
 
 def still(env: LiberoVectorEnv, steps: int) -> None:
@@ -111,7 +111,7 @@ def test_coarse_steps_take_the_same_time_and_the_hand_the_same_way(bowl_task):
 @pytest.mark.parametrize("physics", ["sleep", "coarse"])
 def test_goes_on_exactly_from_a_snapshot(bowl_task, physics):
     """Another environment, amid another episode, takes a snapshot over and does the same to the last bit, sleepers included."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(2)
     actions = rng.uniform(-1, 1, (60, 2, 7))
     actions[..., 2] -= 0.4  # down, into things
     env, other = (make_env(bowl_task, 2, seed=0, physics=physics, max_steps=1000) for _ in range(2))

@@ -102,9 +102,8 @@ def test_damaged_cache_and_two_builders(standin_task, tmp_path, monkeypatch):
     assert (again.goal, again.objects, again.sites) == (good.goal, good.objects, good.sites)
 
 
-def test_flipped_byte_is_noticed(assets, tmp_path):
-    load_task("libero_goal/7", assets)
-    content = bytearray(tasks.cache_file(find_task("libero_goal/7"), find_assets(assets)).read_bytes())
+def test_flipped_byte_is_noticed(assets, drawer_task, tmp_path):
+    content = bytearray(tasks.cache_file(find_task("libero_goal/0"), find_assets(assets)).read_bytes())
     content[len(content) // 3] ^= 0xFF
     (tmp_path / "flipped.npz").write_bytes(content)
     with pytest.raises((zipfile.BadZipFile, zlib.error)):
@@ -117,9 +116,9 @@ def binary(model: mujoco.MjModel) -> bytes:
     return content.tobytes()
 
 
-def test_meshes_are_kept_once(tmp_path, monkeypatch):
+def test_meshes_are_kept_once(standin_task, drawer_task, tmp_path, monkeypatch):
     """A model comes back bit for bit; a second one adds only its own meshes and textures; a damaged file is noticed and replaced."""
-    models = [load_task(task_id, "standin").model for task_id in ("libero_goal/7", "libero_10/9")]
+    models = [standin_task.model, drawer_task.model]
     monkeypatch.setenv("RL_DATA_ENGINE_CACHE", str(tmp_path))
     rest, names = store.save(models[0])
     assert len(names) == models[0].nmesh + models[0].ntex and binary(store.load(rest, names)) == binary(models[0])
@@ -171,15 +170,14 @@ def test_demonstrations_are_kept_for_one_bddl_text(standin_task):
     assert kept_file(standin_task, "demos", "hdf5") != kept_file(edited, "demos", "hdf5")
 
 
-def test_cached_task_needs_no_libero(assets):
+def test_cached_task_needs_no_libero(assets, drawer_task):
     """From the cache, neither LIBERO nor robosuite nor torch is imported, and the task steps."""
-    load_task("libero_goal/7", assets)
     result = run_python(
         f"""
 import sys
 from common.libero import make_env
 from common.libero import load_task
-env = make_env(load_task('libero_goal/7', {assets!r}))
+env = make_env(load_task('libero_goal/0', {assets!r}))
 env.reset(seed=0)
 env.step(env.action_space.sample())
 print([m for m in ('robosuite', 'libero', 'torch', 'cv2', 'bddl', 'matplotlib') if m in sys.modules])
