@@ -280,7 +280,7 @@ def test_a_changed_task_is_noticed(own, own_demos):
 
 
 TINY = """--num-envs 2 --torch-threads 1 --learn-epochs 1 --learn-batch 64 --hidden 16 --num-steps 4 --total-steps 24 --num-minibatches 2
-    --update-epochs 1 --critic-warmup 1 --checkpoint-interval 1 --eval-episodes 2 --corpus-episodes 1 --no-videos"""
+    --update-epochs 1 --critic-warmup 1 --checkpoint-interval 1 --eval-episodes 1 --corpus-episodes 1 --no-videos"""
 FLAGS = {dlr_discover: "--num-patterns 2 --discover-steps 20", gaussian_ppo: "", diffusion_ppo: "--chunk 2 --execute 2"}
 
 
