@@ -28,6 +28,7 @@ if tuple(int(x) for x in mujoco.__version__.split(".")[:2]) < (3, 8):
     pytest.skip("MuJoCo Warp needs mujoco 3.8 or later", allow_module_level=True)
 
 wp = pytest.importorskip("warp")
+wp.config.optimization_level, wp.config.max_unroll = 1, 4  # a fifth less to compile, in all files' tests of a whole run
 warp_env = pytest.importorskip("common.libero.warp_env")
 warp_kernels = pytest.importorskip("common.libero.warp_kernels")
 
