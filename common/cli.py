@@ -44,6 +44,7 @@ def run_command(main: Callable[[], None]) -> None:
     except Exception as error:  # some of MuJoCo's and torch's have no base of their own
         if (line := _shortage(error)) is None:
             raise
+        sys.unraisablehook = lambda _: None  # what was half made, a reader of torch's, complains when it is taken down
         sys.exit(_fail(line))
     except KeyboardInterrupt:
         _remove_unfinished()
@@ -58,7 +59,7 @@ def _shortage(error: Exception) -> str | None:
     said, number = (str(error).splitlines() or [""])[0], getattr(error, "errno", None)
     if number in UNWRITABLE:
         return f"cannot write {error.filename}: {error.strerror}; free some space or choose another folder"
-    if number in (errno.EMFILE, errno.ENFILE):
+    if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in said:  # what torch's reading processes say
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return f"too many files are open in this process, which may have {limit}; allow more: ulimit -n {max(4096, 2 * limit)}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here

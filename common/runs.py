@@ -249,8 +249,8 @@ class Run:
         return self.checkpoint["seconds"] + time.monotonic() - self.began
 
     def save(self, stage: str, **content) -> None:
-        """Keep `content` beside what the checkpoint holds, and that `stage` is done."""
-        self.checkpoint.update(content, stage=stage, seconds=self.seconds)
+        """Keep `content`, as it is now, beside what the checkpoint holds, and that `stage` is done."""
+        self.checkpoint.update(_copy(content), stage=stage, seconds=self.seconds)
         self.began = time.monotonic()
         save_checkpoint(self.folder / "checkpoint.pt", self.checkpoint)
 
@@ -332,6 +332,17 @@ def _writer_failed(failure: threading.ExceptHookArgs) -> None:
     """Of TensorBoard's thread, whose errors `Run.log` raises again: nothing more is said."""
     if not isinstance(failure.exc_value, OSError):
         threading.__excepthook__(failure)
+
+
+def _copy(value: Any) -> Any:
+    """A copy in the CPU's memory: weights go on changing, and a later stage would save them under this one's name."""
+    if isinstance(value, dict):
+        return {k: _copy(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copy(v) for v in value)
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    return value.copy() if isinstance(value, np.ndarray) else value
 
 
 def save_checkpoint(path: Path, content: dict) -> None:

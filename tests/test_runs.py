@@ -296,6 +296,18 @@ def test_a_run_is_continued_with_what_it_was_started_with(begin):
     assert (config["assets"], config["demos"], config["script"]) == ("a", "scripted", "dlr_discover")
 
 
+def test_a_stage_is_kept_as_it_was(begin):
+    """What goes on changing, in place, is not saved anew with the next stage: a resumed run would have the old one."""
+    run, weights, counts = begin(), torch.nn.Linear(2, 1), np.zeros(2)
+    run.save("learn", agent=weights.state_dict(), rest=[counts])
+    expected = weights.weight.detach().clone()
+    torch.nn.init.zeros_(weights.weight)
+    counts += 1
+    run.finish({}, "nothing")
+    kept = load_checkpoint(let_go(run).folder / "checkpoint.pt", "dlr_discover")
+    assert kept["stage"] == "done" and torch.equal(kept["agent"]["weight"], expected) and not kept["rest"][0].any()
+
+
 def test_a_run_is_not_continued_on_other_assets_or_mujoco(begin, monkeypatch, capsys):
     run = let_go(begin())
     with pytest.raises(UserError, match="was started with assets a, and here it is b; .*--allow-mismatch") as error:
@@ -530,6 +542,7 @@ def fail(error):
         (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 2, "cannot write /x/y: No space left on device"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "cannot write /x: Permission denied"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), 2, "error: the GPU's memory is full (CUDA out of memory. Tried)"),
+        (RuntimeError("Too many open files. Communication with"), 2, "error: too many files are open in this process, which may have"),
         (mujoco.FatalError("Could not allocate memory"), 2, "error: the memory is full (Could not allocate memory)"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
@@ -540,6 +553,23 @@ def test_run_command_ends_in_one_line(capsys, error, code, line):
     assert exit_.value.code == code
     text = capsys.readouterr().err
     assert line in text and text.count("\n") == 1
+
+
+def test_nothing_is_said_of_what_was_half_made(capfd, monkeypatch):
+    """By torch: its iterator of a data set whose readers' pipes can't be opened lacks what its destructor asks for."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+
+    class HalfMade:
+        def __del__(self):
+            raise AttributeError("_shutdown")
+
+    def main():
+        half_made = HalfMade()  # noqa: F841
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with pytest.raises(SystemExit):
+        run_command(main)
+    assert capfd.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), FileNotFoundError(errno.ENOENT, "a bug", "/x")])
