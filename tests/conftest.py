@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import os
 import signal
 import subprocess
@@ -60,6 +61,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         order = {f"test_{name}": k for k, name in enumerate(LONGEST.split())}
         items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
+
+gc.set_threshold(100_000, 20, 20)  # importing makes much and frees little
 
 # ---------------------------------------------------------------------------------------------- fixtures
 
