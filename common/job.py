@@ -202,7 +202,9 @@ class Job:
         trained = run.checkpoint["history"][-1][1:]
         for line in gaps(per_pattern, trained):
             progress.say(line)
-        corpus = rollout.collect_corpus(env, policy, patterns, args.corpus_episodes, args.seed + 4, run.script, progress)
+        corpus = []
+        if any(row["success_rate"] for row in per_pattern):
+            corpus = rollout.collect_corpus(env, policy, patterns, args.corpus_episodes, args.seed + 4, run.script, progress)
         if not corpus:
             raise UserError(f"no rollout succeeded, so there is no corpus to write; the logs are in {run.folder}")
         commanded = [e.attrs["pattern"] for e in corpus]

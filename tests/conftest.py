@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import gc
 import os
@@ -75,6 +76,23 @@ def handlers_of_signals() -> Iterator[None]:
     sys.unraisablehook = hook
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_tasks_are_read_once() -> Iterator[None]:
+    """By each process: it takes most of a second, and tests ask for a few tasks a hundred times."""
+    read, kept = tasks._read_task, {}
+
+    def read_once(path: Path) -> tasks.Task:
+        stat = path.stat()
+        key = (path, stat.st_mtime_ns, stat.st_size)
+        if key not in kept:
+            kept[key] = read(path)
+        return copy.deepcopy(kept[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "_read_task", read_once)
+        yield
 
 
 @pytest.fixture(scope="session")
