@@ -110,6 +110,20 @@ def test_flipped_byte_is_noticed(assets, drawer_task, tmp_path):
         tasks._read_task(tmp_path / "flipped.npz")
 
 
+def test_a_model_that_has_no_room(monkeypatch):
+    """Not taken for a damaged one, which would be built again."""
+
+    class Full:
+        @staticmethod
+        def from_binary_path(*_):
+            raise RuntimeError("Caught an unknown exception!")  # MuJoCo, under a limit of memory
+
+    monkeypatch.setattr(mujoco, "MjModel", Full)
+    rest = {"size": np.array(3_000_000), "kept": np.zeros(0, int), "blocks": np.zeros((0, store.BLOCK), np.uint8)}
+    with pytest.raises(MemoryError, match="no room for a model of 3 MB"):
+        store.load(rest, [])
+
+
 def binary(model: mujoco.MjModel) -> bytes:
     content = np.empty(mujoco.mj_sizeModel(model), np.uint8)
     mujoco.mj_saveModel(model, None, content)

@@ -51,11 +51,14 @@ def save(model: mujoco.MjModel) -> tuple[dict[str, np.ndarray], list[str]]:
 
 
 def load(rest: dict[str, np.ndarray], names: list[str]) -> mujoco.MjModel:
-    """The model that `save` was given. Raises Damaged, or what MuJoCo raises for a damaged rest."""
+    """The model that `save` was given. Raises Damaged, or what MuJoCo raises for a damaged rest; MemoryError where there is no room."""
     blocks = np.zeros((-(-int(rest["size"]) // BLOCK), BLOCK), np.uint8)
     blocks[rest["kept"]] = rest["blocks"]
     binary = memoryview(blocks.reshape(-1))[: int(rest["size"])].tobytes()
-    model = mujoco.MjModel.from_binary_path("model.mjb", {"model.mjb": binary})
+    try:
+        model = mujoco.MjModel.from_binary_path("model.mjb", {"model.mjb": binary})
+    except RuntimeError as error:  # "Caught an unknown exception!": its own fails as FatalError, on a damaged rest
+        raise MemoryError(f"no room for a model of {len(binary) / 1e6:.0f} MB") from error
     with ThreadPoolExecutor(usable_cores()) as pool:
         for name, content, part in zip(names, pool.map(_read, names), _parts(model), strict=True):
             if len(content) != sum(array.nbytes for array in part):
