@@ -64,7 +64,8 @@ def _shortage(error: Exception) -> str | None:
         return f"too many files are open in this process, which may have {limit}; allow more: ulimit -n {max(4096, 2 * limit)}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
         return f"the GPU's memory is full ({said}); take fewer environments, or smaller batches"
-    full = ("can't allocate memory", "Could not allocate memory", "std::bad_alloc")  # torch's, MuJoCo's, C++'s
+    # torch's, oneDNN's, MuJoCo's, C++'s
+    full = ("can't allocate memory", "could not create a primitive", "Could not allocate memory", "std::bad_alloc")
     if isinstance(error, MemoryError) or number == errno.ENOMEM or any(words in said for words in full):
         return f"the memory is full ({said or 'out of memory'}); take fewer environments or workers, or smaller batches"
     if "can't start new thread" in said or number == errno.EAGAIN:

@@ -543,6 +543,7 @@ def fail(error):
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "cannot write /x: Permission denied"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), 2, "error: the GPU's memory is full (CUDA out of memory. Tried)"),
         (RuntimeError("Too many open files. Communication with"), 2, "error: too many files are open in this process, which may have"),
+        (RuntimeError("could not create a primitive"), 2, "error: the memory is full (could not create a primitive)"),
         (mujoco.FatalError("Could not allocate memory"), 2, "error: the memory is full (Could not allocate memory)"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
