@@ -162,7 +162,7 @@ def main() -> None:
     made = {"num_demos": args.num_demos, "held_out": args.held_out, "num_patterns": args.num_patterns}
     rows = read_rows(args.json) if args.json and args.json.exists() else []
     names = args.tasks or [name for suite in args.suite for name in suite_tasks(suite)] or sixty_tasks()
-    for name in tqdm(names, desc="Discover", disable=None):
+    for name in tqdm(names, desc="Discover"):
         task = load_task(name, args.assets)
         done = {"task": f"{task.suite}/{task.index}", "assets": task.assets, **made}
         old = next((row for row in rows if row.items() >= done.items()), None)
