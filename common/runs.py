@@ -296,7 +296,7 @@ class Run:
             trainer.load_state_dict(self.checkpoint["trainer"])
         self.progress.stage("Reinforce", trainer.num_iterations, trainer.iteration)
         self.training = True
-        while trainer.iteration < trainer.num_iterations:
+        while trainer.iteration < trainer.num_iterations and not done():  # a run that is stopped amid `done` asks it again
             logs = trainer.run_iteration()
             self.log(logs, trainer.env_steps)
             if not torch.stack([p.detach().isfinite().all() for p in trainer.agent.parameters()]).all():
@@ -310,8 +310,6 @@ class Run:
                 self.save("reinforce", trainer=trainer.state_dict(), env_steps=trainer.env_steps)
             if self.stopping:
                 sys.exit(143)
-            if done():
-                break
         self.training = False
         self.checkpoint.pop("trainer", None)
         self.save("roll out", agent=trainer.agent.state_dict(), history=trainer.history, env_steps=trainer.env_steps)

@@ -445,6 +445,23 @@ def test_a_resumed_run_logs_each_step_once(begin):
     assert [event.step for event in events.Scalars("losses/value_loss")] == [10, 20, 30, 40, 50]
 
 
+def test_a_run_that_is_killed_while_it_looks_whether_it_is_done_looks_again(begin):
+    run, trainer, looks = begin(), Counting(), []
+
+    def done() -> bool:
+        looks.append(trainer.iteration)
+        if len(looks) == 3:
+            raise RuntimeError
+        return trainer.iteration == 4
+
+    with pytest.raises(RuntimeError):
+        run.train(trainer, lambda logs: "", done)
+    again, trainer = begin("--resume", let_go(run).folder), Counting()
+    again.train(trainer, lambda logs: "", done)
+    assert looks == [0, 1, 2, 2, 3, 4] and trainer.history == [1, 2, 3, 4]
+    let_go(again)
+
+
 def fail_at(run: Run, iteration: int) -> None:
     """Train, and be killed after `iteration` was logged and before it is saved."""
     trainer = Counting()
@@ -457,34 +474,32 @@ def fail_at(run: Run, iteration: int) -> None:
     run.train(trainer, note)
 
 
-class Succeeding(Trainer):
-    """A trainer of two patterns, of 30 iterations of 10 steps in 2 environments, whose episodes succeed at these `rates`."""
+class Tenths(Trainer):
+    """A trainer of two patterns, of some iterations of 10 steps in 2 environments."""
 
-    def __init__(self, rates: list[float], stop_success: float | None):
-        args = types.SimpleNamespace(total_steps=600, num_steps=10, seed=0, physics="exact", stop_success=stop_success)
+    def __init__(self, iterations: int, stop_success: float | None):
+        args = types.SimpleNamespace(total_steps=20 * iterations, num_steps=10, seed=0, physics="exact", stop_success=stop_success)
         super().__init__(args, types.SimpleNamespace(num_envs=2, max_steps=40), torch.nn.Linear(1, 1), num_patterns=2)
-        self.rates = rates
 
     def iterate(self):
         self.iteration += 1
-        for outcomes, rate in zip(self.outcomes, self.rates, strict=True):
-            outcomes.extend(np.arange(10) < round(10 * rate))
         return {"losses/value_loss": 0.5}
 
 
 @pytest.mark.parametrize(
-    "rates, evaluated, stop_success, stopped, looks",
+    "iterations, evaluated, stop_success, stopped, looks",
     [
-        ([0.9, 0.9], [0.9, 0.86], 0.88, 5, 1),  # after 50 episodes of each, longer than the 40 steps in which failures end
-        ([1.0, 0.9], [1.0, 0.91], 0.95, 5, 1),  # a pattern may be 5 points lower
-        ([0.9, 0.9], [1.0, 0.82], 0.88, 30, 9),  # one pattern too low in the evaluation: looked at again each tenth
-        ([0.9, 0.9], [0.9, 0.84], 0.88, 30, 9),  # the mean too low
-        ([0.9, 0.8], [1.0, 1.0], 0.88, 30, 0),
-        ([1.0, 0.8], [1.0, 1.0], 0.88, 30, 0),
-        ([1.0, 1.0], [1.0, 1.0], None, 30, 0),
+        (30, [0.9, 0.86], 0.88, 3, 1),
+        (73, [0.9, 0.86], 0.88, 8, 1),  # the first whole iteration after a tenth
+        (5, [0.9, 0.86], 0.88, 1, 1),
+        (30, [1.0, 0.91], 0.95, 3, 1),  # a pattern may be 5 points lower
+        (30, [1.0, 0.82], 0.88, 30, 9),  # one pattern too low: looked at again each tenth
+        (73, [0.9, 0.84], 0.88, 73, 9),  # the mean too low
+        (5, [0.9, 0.84], 0.88, 5, 4),
+        (30, [1.0, 1.0], None, 30, 0),
     ],
 )
-def test_training_stops_when_training_and_evaluation_say_so(begin, monkeypatch, rates, evaluated, stop_success, stopped, looks):
+def test_training_stops_when_an_evaluation_says_so(begin, monkeypatch, iterations, evaluated, stop_success, stopped, looks):
     run, seen = begin("--checkpoint-interval", "1000"), []
 
     def evaluate(env, policy, patterns, each, progress, stage, passes, official):
@@ -493,7 +508,7 @@ def test_training_stops_when_training_and_evaluation_say_so(begin, monkeypatch, 
         return ([{"success_rate": rate} for rate in evaluated] if passes(evaluated) else None), []
 
     monkeypatch.setattr(rollout, "evaluate", evaluate)
-    trainer = Succeeding(rates, stop_success)
+    trainer = Tenths(iterations, stop_success)
     trainer.args.eval_episodes = 50
     job = types.SimpleNamespace(run=run, args=trainer.args, eval_env=types.SimpleNamespace(reset=lambda seed: None))
     Job.train(job, trainer, None, [0, 1], lambda logs: "")
