@@ -233,18 +233,21 @@ def forking(moments: Moments) -> type:
                         os.close(told[name])
                 return
             moments.at = None
-            if told["start_new_session"]:
-                os.setsid()
-            for name, number in (("p2cread", 0), ("c2pwrite", 1), ("errwrite", 2)):
-                if told[name] != -1:
-                    os.dup2(told[name], number)
-            kept = {0, 1, 2, *told["pass_fds"]}
-            for number in (int(name) for name in os.listdir("/proc/self/fd") if int(name) not in kept):
-                with contextlib.suppress(OSError):
-                    os.close(number)
-            os.environ.clear()
-            os.environ.update(told["env"])
-            sys.path[:0] = told["env"].get("PYTHONPATH", "").split(os.pathsep)
+            try:
+                if told["start_new_session"]:
+                    os.setsid()
+                for name, number in (("p2cread", 0), ("c2pwrite", 1), ("errwrite", 2)):
+                    if told[name] != -1:
+                        os.dup2(told[name], number)
+                kept = {0, 1, 2, *told["pass_fds"]}
+                for number in (int(name) for name in os.listdir("/proc/self/fd") if int(name) not in kept):
+                    with contextlib.suppress(OSError):
+                        os.close(number)
+                os.environ.clear()
+                os.environ.update(told["env"])
+                sys.path[:0] = told["env"].get("PYTHONPATH", "").split(os.pathsep)
+            except OSError:  # no file more can be opened: no interpreter would have started
+                os._exit(1)
 
             def execute(_, command: list[str]) -> None:
                 sys.argv = command[1:]
