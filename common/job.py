@@ -98,8 +98,8 @@ class JobArgs:
 
     # Roll out
     stop_success: Fraction | None = 0.97
-    """after each tenth of the steps, stop if half an evaluation from training starts succeeds so often (mean; each pattern within 5 points
-    of it). None: train for all --total-steps, as a comparison at equal steps needs"""
+    """after a tenth of the steps, and each fifth, stop if half an evaluation from training starts succeeds so often (mean; each pattern
+    within 5 points of it). None: train for all --total-steps, as a comparison at equal steps needs"""
     eval_episodes: Count = 50
     """official init states to evaluate each pattern on (at most 50)"""
     corpus_episodes: Count = 20
@@ -178,7 +178,7 @@ class Job:
         stopped for on them would look too good."""
 
         def done() -> bool:
-            if self.args.stop_success is None or not trainer.tenth:
+            if self.args.stop_success is None or not trainer.due:
                 return False
             passes, episodes = functools.partial(succeeds, self.args.stop_success), self.args.eval_episodes
             each = max(1, episodes // 2, 2 * episodes // len(patterns))
@@ -285,10 +285,10 @@ class Trainer:
         return self.iteration * self.args.num_steps >= self.env.max_steps
 
     @property
-    def tenth(self) -> bool:
-        """Whether another tenth of training has just ended (not the last one)."""
-        passed = [10 * i // self.num_iterations for i in (self.iteration - 1, self.iteration)]
-        return passed[0] < passed[1] and 0 < passed[1] < 10
+    def due(self) -> bool:
+        """Whether a tenth, or a fifth but the last, of training has just ended: when it is looked whether it may stop."""
+        before, now = (10 * i // self.num_iterations for i in (self.iteration - 1, self.iteration))
+        return before < now and now in (1, 2, 4, 6, 8)
 
     def run_iteration(self) -> dict[str, float]:
         """One rollout and update; returns what to log."""

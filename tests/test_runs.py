@@ -493,8 +493,8 @@ class Tenths(Trainer):
         (73, [0.9, 0.86], 0.88, 8, 1),  # the first whole iteration after a tenth
         (5, [0.9, 0.86], 0.88, 1, 1),
         (30, [1.0, 0.91], 0.95, 3, 1),  # a pattern may be 5 points lower
-        (30, [1.0, 0.82], 0.88, 30, 9),  # one pattern too low: looked at again each tenth
-        (73, [0.9, 0.84], 0.88, 73, 9),  # the mean too low
+        (30, [1.0, 0.82], 0.88, 30, 5),  # one pattern too low: looked at again after each fifth
+        (73, [0.9, 0.84], 0.88, 73, 5),  # the mean too low
         (5, [0.9, 0.84], 0.88, 5, 4),
         (30, [1.0, 1.0], None, 30, 0),
     ],
