@@ -288,7 +288,7 @@ class Trainer:
     def due(self) -> bool:
         """Whether a tenth, or a fifth but the last, of training has just ended: when it is looked whether it may stop."""
         before, now = (10 * i // self.num_iterations for i in (self.iteration - 1, self.iteration))
-        return before < now and now in (1, 2, 4, 6, 8)
+        return any(before < mark <= now for mark in (1, 2, 4, 6, 8))
 
     def run_iteration(self) -> dict[str, float]:
         """One rollout and update; returns what to log."""

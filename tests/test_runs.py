@@ -492,6 +492,7 @@ class Tenths(Trainer):
         (30, [0.9, 0.86], 0.88, 3, 1),
         (73, [0.9, 0.86], 0.88, 8, 1),  # the first whole iteration after a tenth
         (5, [0.9, 0.86], 0.88, 1, 1),
+        (3, [0.9, 0.84], 0.88, 3, 2),
         (30, [1.0, 0.91], 0.95, 3, 1),  # a pattern may be 5 points lower
         (30, [1.0, 0.82], 0.88, 30, 5),  # one pattern too low: looked at again after each fifth
         (73, [0.9, 0.84], 0.88, 73, 5),  # the mean too low
