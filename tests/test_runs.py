@@ -475,32 +475,36 @@ def fail_at(run: Run, iteration: int) -> None:
 
 
 class Tenths(Trainer):
-    """A trainer of two patterns, of some iterations of 10 steps in 2 environments."""
+    """A trainer of two patterns, of some iterations of 10 steps in 2 environments, whose episodes succeed at these `rates`."""
 
-    def __init__(self, iterations: int, stop_success: float | None):
+    def __init__(self, iterations: int, rates: list[float], stop_success: float | None):
         args = types.SimpleNamespace(total_steps=20 * iterations, num_steps=10, seed=0, physics="exact", stop_success=stop_success)
         super().__init__(args, types.SimpleNamespace(num_envs=2, max_steps=40), torch.nn.Linear(1, 1), num_patterns=2)
+        self.rates = rates
 
     def iterate(self):
         self.iteration += 1
+        for outcomes, rate in zip(self.outcomes, self.rates, strict=True):
+            outcomes.extend(np.arange(10) < round(10 * rate))
         return {"losses/value_loss": 0.5}
 
 
 @pytest.mark.parametrize(
-    "iterations, evaluated, stop_success, stopped, looks",
+    "iterations, rates, evaluated, stop_success, stopped, looks",
     [
-        (30, [0.9, 0.86], 0.88, 3, 1),
-        (73, [0.9, 0.86], 0.88, 8, 1),  # the first whole iteration after a tenth
-        (5, [0.9, 0.86], 0.88, 1, 1),
-        (3, [0.9, 0.84], 0.88, 3, 2),
-        (30, [1.0, 0.91], 0.95, 3, 1),  # a pattern may be 5 points lower
-        (30, [1.0, 0.82], 0.88, 30, 5),  # one pattern too low: looked at again after each fifth
-        (73, [0.9, 0.84], 0.88, 73, 5),  # the mean too low
-        (5, [0.9, 0.84], 0.88, 5, 4),
-        (30, [1.0, 1.0], None, 30, 0),
+        (60, [0.9, 0.9], [0.9, 0.86], 0.88, 6, 1),  # after a tenth, and 50 episodes of each
+        (73, [0.9, 0.9], [0.9, 0.86], 0.88, 8, 1),  # the first whole iteration after a tenth
+        (30, [0.9, 0.9], [0.9, 0.86], 0.88, 6, 2),  # not yet 50 episodes after a tenth
+        (60, [1.0, 0.9], [1.0, 0.91], 0.95, 6, 1),  # a pattern may be 5 points lower
+        (60, [0.9, 0.9], [1.0, 0.82], 0.88, 60, 5),  # one pattern too low: looked at again after each fifth
+        (73, [0.9, 0.9], [0.9, 0.84], 0.88, 73, 5),  # the mean too low
+        (60, [0.9, 0.8], [0.97, 0.94], 0.88, 60, 5),  # noise says no: 96 % are needed
+        (60, [0.5, 0.1], [0.97, 0.95], 0.88, 6, 1),  # and are enough
+        (3, [0.5, 0.1], [0.97, 0.95], 0.88, 1, 1),
+        (60, [1.0, 1.0], [1.0, 1.0], None, 60, 0),
     ],
 )
-def test_training_stops_when_an_evaluation_says_so(begin, monkeypatch, iterations, evaluated, stop_success, stopped, looks):
+def test_training_stops_when_an_evaluation_says_so(begin, monkeypatch, iterations, rates, evaluated, stop_success, stopped, looks):
     run, seen = begin("--checkpoint-interval", "1000"), []
 
     def evaluate(env, policy, patterns, each, progress, stage, passes, official):
@@ -509,7 +513,7 @@ def test_training_stops_when_an_evaluation_says_so(begin, monkeypatch, iteration
         return ([{"success_rate": rate} for rate in evaluated] if passes(evaluated) else None), []
 
     monkeypatch.setattr(rollout, "evaluate", evaluate)
-    trainer = Tenths(iterations, stop_success)
+    trainer = Tenths(iterations, rates, stop_success)
     trainer.args.eval_episodes = 50
     job = types.SimpleNamespace(run=run, args=trainer.args, eval_env=types.SimpleNamespace(reset=lambda seed: None))
     Job.train(job, trainer, None, [0, 1], lambda logs: "")
