@@ -98,9 +98,9 @@ class JobArgs:
 
     # Roll out
     stop_success: Fraction | None = 0.97
-    """after a tenth of the steps, and each fifth, stop if each pattern's last 50 episodes, and then half an evaluation from training
-    starts, succeed so often (mean; each pattern within 5 points of it), or if the evaluation alone has a third of the failures. None:
-    train for all --total-steps, as a comparison at equal steps needs"""
+    """after each tenth of the steps, stop if each pattern's last 50 episodes, and then half an evaluation from training starts, succeed
+    so often (mean; each pattern within 5 points of it), or if the evaluation has no failure. None: train for all --total-steps, as a
+    comparison at equal steps needs"""
     eval_episodes: Count = 50
     """official init states to evaluate each pattern on (at most 50)"""
     corpus_episodes: Count = 20
@@ -176,13 +176,13 @@ class Job:
     def train(self, trainer: Trainer, policy: Policy, patterns: Sequence[int], note: Callable[[dict[str, float]], str]) -> None:
         """Train to the end, or until `--stop-success` is reached: in training's last episodes, and then by mean actions in exact physics,
         from training starts, half as many episodes a pattern as in the final evaluation, and twice as many in all. Where noise hides
-        what the mean action can do, a third of the failures is enough by itself. Official init states are kept for the end: what had been
+        what the mean action can do, an evaluation without a failure is enough. Official init states are kept for the end: what had been
         stopped for on them would look too good."""
 
         def done() -> bool:
             if self.args.stop_success is None or not trainer.due:
                 return False
-            needed = self.args.stop_success if trainer.promising else 1 - (1 - self.args.stop_success) / 3
+            needed = self.args.stop_success if trainer.promising else 1.0
             passes, episodes = functools.partial(succeeds, needed), self.args.eval_episodes
             each = max(1, episodes // 2, 2 * episodes // len(patterns))
             self.eval_env.reset(seed=self.args.seed + 6)
@@ -289,9 +289,9 @@ class Trainer:
 
     @property
     def due(self) -> bool:
-        """Whether a tenth, or a fifth but the last, of training has just ended: when it is looked whether it may stop."""
+        """Whether another tenth of training has just ended, but the last: when it is looked whether it may stop."""
         before, now = (10 * i // self.num_iterations for i in (self.iteration - 1, self.iteration))
-        return any(before < mark <= now for mark in (1, 2, 4, 6, 8))
+        return before < now and 0 < now < 10
 
     @property
     def promising(self) -> bool:
