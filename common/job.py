@@ -98,9 +98,8 @@ class JobArgs:
 
     # Roll out
     stop_success: Fraction | None = 0.97
-    """after each tenth of the steps, stop if each pattern's last 50 episodes, and then half an evaluation from training starts, succeed
-    so often (mean; each pattern within 5 points of it), or if the evaluation has no failure. None: train for all --total-steps, as a
-    comparison at equal steps needs"""
+    """stop training when the last 50 episodes of each pattern, and then half an evaluation from training starts, succeed so often (mean;
+    each pattern within 5 points of it). None: train for all --total-steps, as a comparison at equal steps needs"""
     eval_episodes: Count = 50
     """official init states to evaluate each pattern on (at most 50)"""
     corpus_episodes: Count = 20
@@ -174,16 +173,15 @@ class Job:
         return rows, episodes
 
     def train(self, trainer: Trainer, policy: Policy, patterns: Sequence[int], note: Callable[[dict[str, float]], str]) -> None:
-        """Train to the end, or until `--stop-success` is reached: in training's last episodes, and then by mean actions in exact physics,
-        from training starts, half as many episodes a pattern as in the final evaluation, and twice as many in all. Where noise hides
-        what the mean action can do, an evaluation without a failure is enough. Official init states are kept for the end: what had been
-        stopped for on them would look too good."""
+        """Train to the end, or until `--stop-success` is reached: in training's last episodes, and then in an evaluation from training
+        starts, of half as many episodes a pattern as the final one, and twice as many in all. Official init states are kept for the end:
+        what had been stopped for on them would look too good."""
 
         def done() -> bool:
-            if self.args.stop_success is None or not trainer.due:
+            if not trainer.promising:
                 return False
-            needed = self.args.stop_success if trainer.promising else 1.0
-            passes, episodes = functools.partial(succeeds, needed), self.args.eval_episodes
+            trainer.looked = trainer.iteration
+            passes, episodes = functools.partial(succeeds, self.args.stop_success), self.args.eval_episodes
             each = max(1, episodes // 2, 2 * episodes // len(patterns))
             self.eval_env.reset(seed=self.args.seed + 6)
             rows, _ = rollout.evaluate(self.eval_env, policy, patterns, each, self.run.progress, "can it stop?", passes, official=False)
@@ -272,6 +270,7 @@ class Trainer:
     def __init__(self, args: JobArgs, env: LiberoVectorEnv, agent: torch.nn.Module, num_patterns: int = 1):
         self.args, self.env, self.agent, self.alive = args, env, agent, np.arange(num_patterns)
         self.outcomes = [deque(maxlen=50) for _ in range(num_patterns)]  # success of the last episodes of each pattern
+        self.looked = 0  # when it was last seen whether training can stop
         self.num_iterations = max(1, args.total_steps // (args.num_steps * env.num_envs))
         self.iteration = 0
         self.history: list[list[float]] = []  # environment steps, then success (of each pattern)
@@ -288,17 +287,12 @@ class Trainer:
         return self.iteration * self.args.num_steps >= self.env.max_steps
 
     @property
-    def due(self) -> bool:
-        """Whether another tenth of training has just ended, but the last: when it is looked whether it may stop."""
-        before, now = (10 * i // self.num_iterations for i in (self.iteration - 1, self.iteration))
-        return before < now and 0 < now < 10
-
-    @property
     def promising(self) -> bool:
-        """Whether each pattern's last 50 episodes, with the policy's noise, succeed often enough to stop."""
+        """Whether each pattern's last 50 episodes say that training might stop (and a tenth of it has passed since it was looked at)."""
+        if self.args.stop_success is None or not self.settled or self.iteration - self.looked < self.num_iterations / 10:
+            return False
         outcomes = [self.outcomes[k] for k in self.alive]
-        full = self.settled and all(len(o) == o.maxlen for o in outcomes)
-        return full and succeeds(self.args.stop_success, [np.mean(o) for o in outcomes])
+        return all(len(o) == o.maxlen for o in outcomes) and succeeds(self.args.stop_success, [np.mean(o) for o in outcomes])
 
     def run_iteration(self) -> dict[str, float]:
         """One rollout and update; returns what to log."""
@@ -316,6 +310,7 @@ class Trainer:
             "iteration": self.iteration,
             "history": self.history,
             "outcomes": [list(o) for o in self.outcomes],
+            "looked": self.looked,
             "env": self.env.snapshot(),
             "torch_rng": rng_state(self.agent.device),
         }
@@ -323,7 +318,7 @@ class Trainer:
     def load_state_dict(self, state: dict) -> None:
         for name in self.parts:
             getattr(self, name).load_state_dict(state[name])
-        self.iteration, self.history = state["iteration"], state["history"]
+        self.iteration, self.history, self.looked = state["iteration"], state["history"], state["looked"]
         self.outcomes = [deque(o, maxlen=50) for o in state["outcomes"]]
         self.env.restore(state["env"])
         self.obs = self.env.observations()
