@@ -67,8 +67,7 @@ VLA_ALONE = ("worker", "truncated", "changed")
 CODES = {"kill": {-9}, "term": {143, -15}, "interrupt": {130}, "clock": {0}, "second process": {0}}  # the others: 2
 TASK = "--task libero_goal/0"
 RL = """--num-envs 4 --torch-threads 1 --learn-epochs 100 --hidden 64 --num-steps 16 --total-steps 384
-    --num-minibatches 2 --update-epochs 2 --checkpoint-interval 1 --stop-success None --eval-episodes 1 --corpus-episodes 1
-    --no-videos"""
+    --num-minibatches 2 --update-epochs 2 --checkpoint-interval 1 --eval-episodes 1 --corpus-episodes 1 --no-videos"""
 VLA = "--size tiny --chunk 4 --batch-size 4 --num-workers 1 --torch-threads 1 --checkpoint-interval 4 --eval-interval 4"
 FLAGS = {
     "gaussian_ppo": f"{TASK} {RL} --actor-lr 1e-5 --critic-warmup 1",

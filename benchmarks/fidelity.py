@@ -561,8 +561,8 @@ def main() -> None:
     progress = Progress()
     progress.stage("fidelity", len(parts), done=len(parts) - len(jobs))
     processes = min(args.processes or usable_cores(), max(1, len(jobs)))
-    # Fresh processes, forked before anything is computed here: LIBERO changes numpy's global generator and leaks a model at every reset.
-    with multiprocessing.get_context("fork").Pool(processes, share_cores, (processes,), maxtasksperchild=8) as pool:
+    # Fresh processes: LIBERO changes numpy's global generator and leaks a model at every reset.
+    with multiprocessing.get_context("spawn").Pool(processes, share_cores, (processes,), maxtasksperchild=8) as pool:
         for task_id, result in pool.imap_unordered(_job, jobs):
             tasks[task_id] = tasks.get(task_id, {}) | result
             progress.update(1, f"{task_id} {result.get('seconds', '')} s {result.get('error', '')}")

@@ -313,6 +313,8 @@ class Run:
         self.training = False
         self.checkpoint.pop("trainer", None)
         self.save("roll out", agent=trainer.agent.state_dict(), history=trainer.history, env_steps=trainer.env_steps)
+        if self.stopping:  # told so amid `done`
+            sys.exit(143)
 
     def finish(self, summary: dict[str, Any], line: str) -> None:
         """Write summary.json, with how long it took and the versions, and say goodbye."""

@@ -800,7 +800,7 @@ def test_patterns_that_the_policy_confuses_are_dropped_before_reinforce():
 
 TINY = """--num-patterns 2 --num-envs 4 --torch-threads 1 --discover-steps 60 --discover-points 16 --learn-epochs 100 --hidden 64
     --num-steps 16 --total-steps 640 --num-minibatches 2 --update-epochs 2 --actor-lr 1e-5 --critic-warmup 1 --checkpoint-interval 2
-    --stop-success None --eval-episodes 2 --corpus-episodes 2 --demo-noise 0.01 --no-videos"""
+    --eval-episodes 2 --corpus-episodes 2 --demo-noise 0.01 --no-videos"""
 
 
 def run_main(*flags) -> None:

@@ -480,7 +480,7 @@ def test_success_waits_until_failures_have_had_time_to_end(learned):
 
 TINY = """--num-envs 4 --torch-threads 1 --learn-epochs 100 --hidden 64 --num-steps 16 --total-steps 384 --num-minibatches 2
     --update-epochs 2 --actor-lr 1e-5 --critic-warmup 1 --checkpoint-interval 2 --eval-episodes 1 --corpus-episodes 2
-    --stop-success None --demo-noise 0.01 --no-videos"""
+    --demo-noise 0.01 --no-videos"""
 
 
 def run_main(script, *flags) -> None:

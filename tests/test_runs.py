@@ -462,6 +462,21 @@ def test_a_run_that_is_killed_while_it_looks_whether_it_is_done_looks_again(begi
     let_go(again)
 
 
+def test_sigterm_while_it_looks_whether_it_is_done_ends_a_run_that_is(begin):
+    run, trainer = begin("--checkpoint-interval", "100"), Counting()
+
+    def done() -> bool:
+        if trainer.iteration == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return trainer.iteration == 2
+
+    with pytest.raises(SystemExit) as exit_:
+        run.train(trainer, lambda logs: "", done)
+    assert exit_.value.code == 143
+    again = let_go(begin("--resume", let_go(run).folder))
+    assert again.stage == "roll out" and trainer.history == [1, 2]
+
+
 def fail_at(run: Run, iteration: int) -> None:
     """Train, and be killed after `iteration` was logged and before it is saved."""
     trainer = Counting()
