@@ -218,6 +218,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if any(args.out.glob("*.json")):
         raise UserError(f"{args.out} holds results; choose another --out")
+    if args.dry_run:
+        os.environ["RL_DATA_ENGINE_QUICK_KERNELS"] = "1"
     end, rows, progress = time.monotonic() + args.seconds, [], Progress()
     for step in steps(args):
         left = end - time.monotonic()

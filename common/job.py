@@ -34,6 +34,7 @@ from common.suites import canonical
 # At most so many environments evaluate and roll out the corpus, by backend. On CPU cores, more would mostly idle in the end. A GPU takes
 # about as long for 512 worlds as for 64, and then 50 to 400 episodes run at once instead of one after the other.
 EVAL_ENVS = {"cpu": 64, "warp": 512}
+DEMOS_PER_GOAL = 48  # 48 of libero_10/0, two things into the basket, are cloned to 78 %, 96 to 94 %
 
 
 @dataclasses.dataclass
@@ -91,8 +92,8 @@ class JobArgs:
     """auto (LIBERO's human files if they are on disk, else scripted), scripted, or an HDF5 file in LIBERO's layout"""
     filter_key: str | None = None
     """of a file with robomimic's filter keys, only the demonstrations that mask/KEY names"""
-    num_demos: Count = 48
-    """scripted demonstrations to generate (cached)"""
+    num_demos: Count | None = None
+    """scripted demonstrations to generate (cached). None: 48 for each thing that the goal asks for"""
     demo_noise: NotNegative = 0.1
     """action noise of scripted demonstrations (standard deviation, in units of the action range)"""
 
@@ -359,13 +360,13 @@ def choose_devices(args: Any) -> Any:
 
 
 def load_demos(
-    demos: str, task: Task, num_demos: int, noise: float, seed: int, progress: Progress, filter_key: str | None = None
+    demos: str, task: Task, num_demos: int | None, noise: float, seed: int, progress: Progress, filter_key: str | None = None
 ) -> tuple[list[Episode], str]:
     """Successful demonstrations and where they come from, which every output records.
 
     Args:
         demos: "auto" (LIBERO's human files if they are on disk, else scripted), "scripted", or a file in LIBERO's layout.
-        num_demos, noise, seed: of scripted demonstrations, which are generated once and cached.
+        num_demos, noise, seed: of scripted demonstrations, which are generated once and cached. None: DEMOS_PER_GOAL for each conjunct.
         filter_key: only the demonstrations of the file that robomimic's mask/<filter_key> names.
     """
     path = find_human_demos(task) if demos == "auto" else None if demos == "scripted" else Path(demos)
@@ -374,6 +375,7 @@ def load_demos(
     if path is None:
         from common.demos import load_or_collect
 
+        num_demos = DEMOS_PER_GOAL * len(task.goal) if num_demos is None else num_demos
         progress.say(f"demonstrations: {num_demos} scripted, action noise {noise}")
         return load_or_collect(task, num_demos, seed=seed, noise=noise), "scripted"
     episodes = [e for e in read_episodes(path, task, filter_key=filter_key, judge=functools.partial(goal_reached, task)) if e.success]

@@ -20,6 +20,8 @@ from common.cli import usable_cores
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # before torch is imported; processes that tests start inherit it
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // workers)))
 
+os.environ["RL_DATA_ENGINE_QUICK_KERNELS"] = "1"
+
 from common.data import Episode
 from common.demos import SKILLS, Attempt, Strategy, perform, write_demonstrations
 from common.libero import assets as assets_module

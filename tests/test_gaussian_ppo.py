@@ -25,11 +25,11 @@ import gaussian_ppo
 from common import runs
 from common.cli import UserError, run_command
 from common.data import check_file, read_attrs, read_episodes
-from common.job import Job, choose_devices, switch_weights
+from common.job import Job, choose_devices, load_demos, switch_weights
 from common.libero import make_env
 from common.libero.make import choose_physics
 from common.networks import Normalizer
-from common.runs import load_checkpoint, save_checkpoint, versions, write_json
+from common.runs import Progress, load_checkpoint, save_checkpoint, versions, write_json
 from gaussian_ppo import Agent, Args, Reinforce, gaussian_kl
 
 torch.set_num_threads(1)
@@ -574,6 +574,13 @@ def test_what_takes_longer_to_do_is_trained_for_longer(demos, drawer_task, tmp_p
         )
         made = Job("gaussian_ppo", gaussian_ppo.Args)
         assert made.args.total_steps == steps and made.run.args.total_steps == (64 if flags else None)
+
+
+def test_what_is_more_to_do_is_shown_more_often(drawer_task, monkeypatch):
+    monkeypatch.setattr("common.demos.load_or_collect", lambda task, num_demos, **_: num_demos)
+    two = dataclasses.replace(drawer_task, goal=drawer_task.goal * 2)
+    for task, given, found in ((drawer_task, None, 48), (two, None, 96), (two, 5, 5)):
+        assert load_demos("scripted", task, given, 0.1, 0, Progress(1e9)) == (found, "scripted")
 
 
 # ---------------------------------------------------------------------------------------------- bad input

@@ -22,13 +22,14 @@ from common.libero.make import choose_backend
 from common.libero.observation import observe_states
 from common.libero.step import NO_OP
 from common.libero.tasks import Predicate
+from common.libero.warp_start import start_warp
 from tests.test_env import SCENE, opened
 
 if tuple(int(x) for x in mujoco.__version__.split(".")[:2]) < (3, 8):
     pytest.skip("MuJoCo Warp needs mujoco 3.8 or later", allow_module_level=True)
 
 wp = pytest.importorskip("warp")
-wp.config.optimization_level, wp.config.max_unroll = 1, 4  # a fifth less to compile, in all files' tests of a whole run
+start_warp()  # as conftest asks for
 warp_env = pytest.importorskip("common.libero.warp_env")
 warp_kernels = pytest.importorskip("common.libero.warp_kernels")
 
