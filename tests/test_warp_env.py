@@ -30,10 +30,18 @@ if tuple(int(x) for x in mujoco.__version__.split(".")[:2]) < (3, 8):
 
 wp = pytest.importorskip("warp")
 start_warp()  # as conftest asks for
-warp_env = pytest.importorskip("common.libero.warp_env")
 warp_kernels = pytest.importorskip("common.libero.warp_kernels")
 
 wp.set_module_options({"enable_backward": False, "max_unroll": 0})  # as in common.libero.warp_kernels
+
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mujoco_warp_is_imported():
+    """Here, not where tests are collected: it takes seconds, and one of pytest-xdist's workers needs it."""
+    global warp_env
+    warp_env = pytest.importorskip("common.libero.warp_env")
+
 
 FIELDS = ("qpos", "qvel", "xpos", "xmat", "xipos", "site_xpos", "site_xmat")
 
