@@ -82,7 +82,7 @@ class Args(JobArgs):
     """PPO's clip range"""
     std_start: Annotated[float, Range(0.02, 1.5)] = 0.15
     """standard deviation of the policy when Reinforce begins, in units of the action range"""
-    std_end: Annotated[float, Range(0.02, 1.5)] = 0.08
+    std_end: Annotated[float, Range(0.02, 1.5)] = 0.04
     """and when it ends (geometric schedule): evaluation and the corpus take the mean action, so training must come near it"""
     max_grad_norm: PositiveOrInf = 0.5
     """gradients are clipped to this norm"""

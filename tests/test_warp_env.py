@@ -35,7 +35,6 @@ warp_kernels = pytest.importorskip("common.libero.warp_kernels")
 wp.set_module_options({"enable_backward": False, "max_unroll": 0})  # as in common.libero.warp_kernels
 
 
-
 @pytest.fixture(scope="module", autouse=True)
 def mujoco_warp_is_imported():
     """Here, not where tests are collected: it takes seconds, and one of pytest-xdist's workers needs it."""
