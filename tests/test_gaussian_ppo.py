@@ -58,7 +58,7 @@ def options(script: str) -> dict[str, tuple[str, str]]:
     return found
 
 
-CHAIN = {"actor_lr", "clip_coef", "std_start", "std_end"}  # what has another size or meaning for a chain of denoising steps
+CHAIN = {"actor_lr", "clip_coef", "std_start"}  # what has another size or meaning for a chain of denoising steps
 
 
 @pytest.mark.parametrize(
