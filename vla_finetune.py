@@ -34,7 +34,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import policies
-from common.cli import Count, NotNegative, Positive, PositiveOrInf, Range, UserError, run_command
+from common.cli import Count, NotNegative, Positive, PositiveOrInf, Range, UserError, atomic_path, run_command
 from common.data import vla as vla_data
 from common.data.vla import ACTION_SIZE, CAMERAS, PROPRIO, Chunks, Order
 from common.job import choose_devices
@@ -108,6 +108,8 @@ class Args(TrainingArgs):
     """parallel environments"""
     videos: Annotated[int, Range(0)] = 1
     """videos of successes and as many of failures, a task"""
+    save_states: bool = False
+    """also write the states in which the policy was asked for actions: RUN/states/TASK.npz"""
     backend: Literal["auto", "cpu", "warp"] = "auto"
     """simulator: cpu (all cores), warp (MuJoCo Warp on --device) or auto (warp on a GPU from 256 environments on)"""
     renderer: Literal["warp", "gl"] | None = None
@@ -359,6 +361,12 @@ def make_videos(run: Path, task: Task, trials: list[Trial], count: int, renderer
         write_video(run / "videos" / name, camera.render(t.qpos)["agentview"])
 
 
+def save_states(run: Path, task: Task, trials: list[Trial], replan: int) -> None:
+    """RUN/states/{task}.npz: of each trial, by its init state, qpos (n, nq) float32 whenever the policy was asked."""
+    with atomic_path(run / "states" / f"{task.id.replace('/', '-')}.npz") as temporary:
+        np.savez_compressed(temporary, **{str(t.init_state): t.qpos[::replan].astype(np.float32) for t in trials})
+
+
 def by_suite(rows: list[dict]) -> dict[str, dict]:
     """Success of each suite, with its 95 % Wilson interval."""
     found = {}
@@ -418,6 +426,8 @@ def evaluate_tasks(args: Args, subject: Subject, tasks: list[str], run: Path, re
         trials = evaluate(task, policy, camera, args.trials, args.num_envs, args.replan, tick, **simulator)
         row = summarise(task, trials) | {"prompt": policy.prompt, "seconds": time.monotonic() - began}
         make_videos(run, task, trials, args.videos, subject.renderer)
+        if args.save_states:
+            save_states(run, task, trials, args.replan)
         rows.append(row)
         low, high = row["interval"]
         progress.say(f"{task.id}: success {row['success_rate']:.0%} ({low:.0%} to {high:.0%})")
