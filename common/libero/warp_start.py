@@ -23,7 +23,7 @@ def start_warp() -> None:
     warp.config.log_level = 30  # warnings and worse: what `quiet` is called in Warp 1.19
     if warp.config.kernel_cache_dir is None:
         warp.config.kernel_cache_dir = str(cache_dir() / "warp")
-    if os.environ.get("RL_DATA_ENGINE_QUICK_KERNELS") == "1":  # compiled sooner, by a third: for what steps a few times only
+    if os.environ.get("RL_DATA_ENGINE_QUICK_KERNELS") == "1":  # compiled a fifth sooner, for what takes a few steps only
         warp.config.optimization_level, warp.config.max_unroll = 1, 4
     with _silent_stderr():
         warp.init()
