@@ -141,11 +141,10 @@ def plot(rows: list[dict], path: Path) -> None:
         spots = sorted(set(where))
         label = f"{'developed on' if developed else 'test'} ({len(some)} tasks)"
         axes.scatter(*zip(*spots, strict=True), [36 * where.count(xy) for xy in spots], colour, alpha=0.6, linewidth=0, label=label)
-        for row, (told, ours) in zip(some, where, strict=True):
+        for told, ours in spots:
             if ours < (0.9 if told >= 0.95 else 0.85 * told):
-                axes.annotate(
-                    row["task"].removeprefix("libero_"), (told, ours), (-6, -3), textcoords="offset points", ha="right", fontsize=8
-                )
+                names = [row["task"].removeprefix("libero_") for row, xy in zip(some, where, strict=True) if xy == (told, ours)]
+                axes.annotate(", ".join(names), (told, ours), (-7, -3), textcoords="offset points", ha="right", fontsize=8)
     axes.set(xlabel="a linear classifier, told the truth", ylabel="Discover, untold", xlim=(low, 1.05), ylim=(low, 1.05))
     axes.set_title("Adjusted Rand index of unseen demonstrations", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
