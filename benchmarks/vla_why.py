@@ -158,13 +158,12 @@ def shift_for(task: Task, state: np.ndarray, rng: np.random.Generator) -> np.nda
     """(2,) metres: in a random direction, the least by which each movable thing of interest comes to lie `BEYOND` where it is ever put."""
     angle = rng.uniform(0, 2 * np.pi)
     direction = np.array([np.cos(angle), np.sin(angle)])
+    columns = np.array([[1 + a, 2 + a] for a in things(task, of_interest=True)])
+    known = np.concatenate([task.train_states, task.init_states])[:, columns]
+    low, high = known.min(0), known.max(0)
     for length in np.arange(0, 0.2, 0.005):
-        beyond = []
-        for a in things(task, of_interest=True):
-            known = np.concatenate([task.train_states, task.init_states])[:, 1 + a : 3 + a]
-            p = state[1 + a : 3 + a] + length * direction
-            beyond.append(np.linalg.norm(np.maximum(np.maximum(known.min(0) - p, p - known.max(0)), 0)))
-        if min(beyond) >= BEYOND:
+        p = state[columns] + length * direction
+        if np.linalg.norm(np.maximum(np.maximum(low - p, p - high), 0), axis=1).min() >= BEYOND:
             break
     return length * direction
 
@@ -243,16 +242,17 @@ def main() -> None:
         write_json(args.json, found | {"seconds": before + time.monotonic() - began, "done": done})
 
     if args.pretrained and set(args.sources) - set(found.get("action_error", {})):
-        model = load_model(args.pretrained)[0].to(device).eval()
+        model, meta = load_model(args.pretrained)
+        model.to(device).eval()
         held_out = {s: read_corpora([args.file(s, task) for task in args.tasks], filter_key="held_out") for s in args.sources}
         found["action_error"] = {s: action_error(model, corpora) for s, corpora in held_out.items()}
         found["corpus"] = describe([args.file(args.source, task) for task in args.tasks], args.key)
         states = {task: path for run in args.evaluated for task in args.tasks if (path := states_of(run, task)).exists()}
         rows = []
         for name, path in states.items():
-            corpus, meta = args.file(args.source, name), load_model(args.pretrained)[1]
+            task = load_task(name, assets_like(meta["assets"], args.assets))
             with np.load(path) as met:
-                rows.append(coverage(load_task(name, assets_like(meta["assets"], args.assets)), corpus, args.key, list(met.values())))
+                rows.append(coverage(task, args.file(args.source, name), args.key, list(met.values())))
         found["coverage"] = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]} if rows else None
         save()
     for run in args.evaluated:
