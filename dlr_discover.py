@@ -140,11 +140,28 @@ def pattern_features(obs: np.ndarray, layout: dict[str, slice]) -> np.ndarray:
     return np.hstack(columns + [obs[:, rows] for name, rows in layout.items() if name.endswith("_to_eef")])
 
 
+def without_loops(obs: np.ndarray, layout: dict[str, slice]) -> np.ndarray:
+    """The states, (<= T, obs_size), that are left when each way back to where the hand has been is cut out: what lies between has
+    achieved nothing. A grasp that failed and is tried again is no other way of doing the task, nor is the jitter of a hand at rest.
+
+    Back is within 2 cm (root mean square over the features' 3-vectors: the goal's things are where they were, too) after 5 cm of path.
+    """
+    features, kept, i = pattern_features(obs, layout), [], 0
+    path = np.append(0.0, np.linalg.norm(np.diff(obs[:, layout["eef_pos"]], axis=0), axis=1).cumsum())  # metres
+    while i < len(obs):
+        kept.append(i)
+        apart = np.linalg.norm(features[i:] - features[i], axis=1) / math.sqrt(features.shape[1] / 3)
+        back = np.flatnonzero((apart < 0.02) & (path[i:] - path[i] > 0.05))
+        i += back[-1] if len(back) else 1
+    return obs[kept]
+
+
 def along_path(obs: np.ndarray, layout: dict[str, slice], points: int) -> np.ndarray:
-    """(points, obs_size): states at equal distances along the hand's path, half of them before and half after the first contact.
+    """(points, obs_size): states at equal distances along the hand's path without its loops, half of them before the first contact.
 
     That is when the first of the goal's things has moved by 3 cm. So neither hesitating counts as a pattern, nor a detour as delay.
     """
+    obs = without_loops(obs, layout)
     hand = obs[:, layout["eef_pos"]]
     moved = np.linalg.norm(np.diff(hand, axis=0), axis=1)
     distance = np.concatenate([[0.0], np.cumsum(moved + 1e-4)])  # metres; the small term keeps it rising while the hand rests
@@ -224,7 +241,7 @@ def cut_tree(x: np.ndarray, clusters: int) -> np.ndarray:
     return fcluster(linkage(x, "ward"), clusters, "maxclust") - 1 if len(x) > 1 else np.zeros(len(x), int)
 
 
-def start_slopes(x: np.ndarray, start: np.ndarray, ridge: float = 5.0) -> np.ndarray:
+def start_slopes(x: np.ndarray, start: np.ndarray, ridge: float = 1.0) -> np.ndarray:
     """(S, D): how trajectories (N, D) lean on their starts (N, S), linearly, estimated within at most 12 small clusters.
 
     Over all demonstrations, few as they are, start and way correlate by chance, and a part of the way would be taken for the start's.
