@@ -43,22 +43,23 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found, "revision": git[1] if ours and git[1] else "unknown"}
 
 
+def plain_json(value: Any) -> Any:
+    """As JSON has it: arrays are lists, nan and infinities null."""
+    if isinstance(value, dict):
+        return {str(k): plain_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_json(v) for v in value]
+    if isinstance(value, np.ndarray):
+        return plain_json(value.tolist())
+    if isinstance(value, np.generic):
+        return plain_json(value.item())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all; nan and infinities become null."""
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {str(k): plain(v) for k, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(v) for v in value]
-        if isinstance(value, np.ndarray):
-            return plain(value.tolist())
-        if isinstance(value, np.generic):
-            return plain(value.item())
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
+    """Write JSON (`plain_json`) whole or not at all."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(plain(content), indent=2) + "\n")
+        temporary.write_text(json.dumps(plain_json(content), indent=2) + "\n")
 
 
 def make_run(folder: str, task_name: str, script: str, args) -> Path:
@@ -250,7 +251,7 @@ class Run:
 
     def save(self, stage: str, **content) -> None:
         """Keep `content`, as it is now, beside what the checkpoint holds, and that `stage` is done."""
-        self.checkpoint.update(_copy(content), stage=stage, seconds=self.seconds)
+        self.checkpoint.update(_each(_copy, content), stage=stage, seconds=self.seconds)
         self.began = time.monotonic()
         save_checkpoint(self.folder / "checkpoint.pt", self.checkpoint)
 
@@ -334,31 +335,33 @@ def _writer_failed(failure: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failure)
 
 
-def _copy(value: Any) -> Any:
-    """A copy in the CPU's memory: weights go on changing, and a later stage would save them under this one's name."""
+def _each(change: Callable[[Any], Any], value: Any) -> Any:
+    """`change` of all that is in nested containers, in containers of the same kinds."""
     if isinstance(value, dict):
-        return {k: _copy(v) for k, v in value.items()}
+        return {k: _each(change, v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_copy(v) for v in value)
+        return type(value)(_each(change, v) for v in value)
+    return change(value)
+
+
+def _copy(value: Any) -> Any:
+    """In the CPU's memory: weights go on changing, and a later stage would save them under this one's name."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     return value.copy() if isinstance(value, np.ndarray) else value
 
 
+def _without_numpy(value: Any) -> Any:
+    """So that loading a checkpoint needs no pickled classes."""
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def save_checkpoint(path: Path, content: dict) -> None:
     """Write a checkpoint of tensors, numbers, strings, arrays and containers of these, whole or not at all."""
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(plain(v) for v in value)
-        if isinstance(value, np.ndarray):  # so that loading needs no pickled classes
-            return torch.from_numpy(value.copy())
-        return value.item() if isinstance(value, np.generic) else value
-
     buffer = io.BytesIO()  # torch's own writer reports a full disk as an internal error
-    torch.save(plain(content), buffer)
+    torch.save(_each(_without_numpy, content), buffer)
     with atomic_path(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
 

@@ -32,7 +32,7 @@ from common.libero.assets import assets_like
 from common.libero.judge import goal_reached
 from common.libero.observation import StateObservation
 from common.libero.renderers import available, make_renderer
-from common.runs import Progress, load_checkpoint, read_finished
+from common.runs import Progress, load_checkpoint, plain_json, read_finished
 from common.video import write_video
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -169,7 +169,7 @@ def describe(source: Path, task: Task, episodes: Sequence[Episode]) -> dict[str,
         rows[-1] |= {"dtw": metrics.within_between(distances[np.ix_(mine, mine)], [0] * len(mine))[0]}
     within, between = metrics.within_between(distances, named)
     attrs = read_attrs(source / "corpus.hdf5" if source.is_dir() else source)
-    return _plain(
+    return plain_json(
         {
             "name": source.resolve().name,
             "kind": "run" if source.is_dir() else "file",
@@ -248,19 +248,6 @@ def _curves(source: Path, config: dict, summary: dict) -> dict[str, Any] | None:
 def _as_json(page: dict[str, Any]) -> str:
     """JSON that doesn't end the script element that it stands in."""
     return json.dumps(page, allow_nan=False, separators=(",", ":")).replace("</", "<\\/")
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it: arrays are lists, what is not finite is null."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, np.generic):
-        return _plain(value.item())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---------------------------------------------------------------------------------------------- videos
