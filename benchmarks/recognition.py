@@ -31,8 +31,10 @@ from common.runs import versions, write_json
 from common.suites import SUITES
 
 DEVELOPED_ON = [
-    *("libero_90/2", "libero_90/9", "libero_90/33", "libero_90/57", "libero_10/0", "libero_object/0", "libero_object/4"),
-    *("libero_goal/0", "libero_goal/1", "libero_goal/7", "libero_goal/8", "libero_spatial/0"),
+    *("libero_90/2", "libero_90/9", "libero_90/33", "libero_90/57", "libero_10/0", "libero_10/2", "libero_10/3"),
+    *("libero_goal/0", "libero_goal/1", "libero_goal/3", "libero_goal/5", "libero_goal/6", "libero_goal/7", "libero_goal/8"),
+    *("libero_object/0", "libero_object/4", "libero_object/7", "libero_object/9"),
+    *("libero_spatial/0", "libero_spatial/3", "libero_spatial/4", "libero_spatial/6", "libero_spatial/8", "libero_spatial/9"),
 ]
 """Tasks that Discover's rules and numbers were chosen on; the others are its test."""
 DEMO_SEED = 7  # of the demonstrations, whatever the seed of the split and of Discover
@@ -105,6 +107,12 @@ def mean(row: dict, name: str) -> float:
     return float(np.mean([seed[name] for seed in row["seeds"]]))
 
 
+def misses(row: dict) -> bool:
+    """Whether Discover misses the bar: 0.9 where the classifier has 0.95, elsewhere 0.85 of its index."""
+    ours, told = mean(row, "held_out_index"), mean(row, "classifier_index")
+    return ours < (0.9 if told >= 0.95 else 0.85 * told)
+
+
 def report(rows: list[dict]) -> str:
     """A line a task, means over seeds, and what the bar asks: of all, and of those that nothing was tuned on."""
     lines = ["| task | ways | K | weakest strength | index: fitted | held out | classifier | bits | of | recognised |", "|---" * 10 + "|"]
@@ -115,13 +123,14 @@ def report(rows: list[dict]) -> str:
         cells = [row["task"], row["ways"], ks, *(f"{x:.2f}" for x in (strength, *numbers, limit)), f"{mean(row, 'recognised'):.0%}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     for name, some in (("All", rows), ("Not developed on", [row for row in rows if row["task"] not in DEVELOPED_ON])):
-        pairs = [(mean(row, "held_out_index"), mean(row, "classifier_index")) for row in some]
-        clear, rest = [ours for ours, told in pairs if told >= 0.95], [ours / told for ours, told in pairs if 0 < told < 0.95]
+        clear = [row for row in some if mean(row, "classifier_index") >= 0.95]
+        rest = [row for row in some if row not in clear]
         weakest = min((seed["prediction_strength"] for row in some for seed in row["seeds"]), default=np.nan)
         lines += [
             "",
-            f"{name}: where the classifier has 0.95, Discover has 0.9 in {sum(x >= 0.9 for x in clear)} of {len(clear)} tasks; elsewhere "
-            f"at least 0.85 of its index in {sum(x >= 0.85 for x in rest)} of {len(rest)}. The weakest pattern kept has {weakest:.2f}.",
+            f"{name}: where the classifier has 0.95, Discover has 0.9 in {sum(not misses(row) for row in clear)} of {len(clear)} tasks; "
+            f"elsewhere at least 0.85 of its index in {sum(not misses(row) for row in rest)} of {len(rest)}. The weakest pattern kept has "
+            f"{weakest:.2f}.",
         ]
     return "\n".join(lines)
 
@@ -141,10 +150,9 @@ def plot(rows: list[dict], path: Path) -> None:
         spots = sorted(set(where))
         label = f"{'developed on' if developed else 'test'} ({len(some)} tasks)"
         axes.scatter(*zip(*spots, strict=True), [36 * where.count(xy) for xy in spots], colour, alpha=0.6, linewidth=0, label=label)
-        for told, ours in spots:
-            if ours < (0.9 if told >= 0.95 else 0.85 * told):
-                names = [row["task"].removeprefix("libero_") for row, xy in zip(some, where, strict=True) if xy == (told, ours)]
-                axes.annotate(", ".join(names), (told, ours), (-7, -3), textcoords="offset points", ha="right", fontsize=8)
+        for spot in spots:
+            if names := [row["task"].removeprefix("libero_") for row, xy in zip(some, where, strict=True) if xy == spot and misses(row)]:
+                axes.annotate(", ".join(names), spot, (-7, -3), textcoords="offset points", ha="right", fontsize=8)
     axes.set(xlabel="a linear classifier, told the truth", ylabel="Discover, untold", xlim=(low, 1.05), ylim=(low, 1.05))
     axes.set_title("Adjusted Rand index of unseen demonstrations", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
