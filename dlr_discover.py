@@ -258,11 +258,11 @@ def start_slopes(x: np.ndarray, start: np.ndarray, ridge: float = 1.0) -> np.nda
 
 
 def cut_patterns(x: np.ndarray, num_patterns: int, least: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    """At most K patterns of trajectories (N, D): clusters of at least `least` in Ward's tree; each trajectory goes to the nearest.
+    """At most K patterns of trajectories (N, D): clusters in Ward's tree of at least `least` and N/16; each trajectory goes to the nearest.
 
     Returns: labels (N,), each of them twice or more, and centres (K, D). One pattern if there are no two clusters of that size.
     """
-    found = np.zeros(len(x), int)
+    found, least = np.zeros(len(x), int), max(least, len(x) // 16)  # of more demonstrations more stray, some of them together
     for clusters in range(2, len(x)):
         labels = cut_tree(x, clusters)
         sizes = np.bincount(labels)

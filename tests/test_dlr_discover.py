@@ -269,6 +269,17 @@ def test_strays_hide_no_way():
     assert metrics.adjusted_rand_index(labels[straight], np.arange(48)[straight] % 8) == 1.0
 
 
+def test_strays_that_go_astray_together_hide_no_way():
+    """Of 96, three of the first way make one detour and three of the second another: too few for ways of their own."""
+    paths = known_ways(8, 96, seed=1)
+    for k in range(2):
+        detour = np.sin(2 * np.pi * np.linspace(0, 1, paths.shape[1]))[:, None] * [0.0, 0.0, (-1) ** k * 0.4]
+        for path in paths[k::8][:3]:
+            path[:, LAYOUT["eef_pos"]] += detour
+            path[:, LAYOUT["bowl_to_eef"]] -= detour
+    assert metrics.adjusted_rand_index(found_patterns(paths, 8)[0], np.arange(96) % 8) == 1.0
+
+
 @pytest.mark.parametrize("number", [1, 2, 5])
 def test_few_demonstrations_are_one_pattern(number):
     assert (found_patterns(known_ways(8, number, 0))[0] == 0).all()
