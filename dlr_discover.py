@@ -105,7 +105,7 @@ class Args(JobArgs):
     kl_coef: NotNegative = 0.05
     """weight of KL(policy || Learn policy) in the loss, which keeps noise in the updates from using up target_kl"""
     kl_hold: NotNegative = 0.5
-    """the same for patterns in which the Learn policy succeeds (95 %): what they could gain is speed, and for that ways become one"""
+    """the same for patterns in which the Learn policy always succeeds (else between the two): they could gain but speed"""
     target_kl: PositiveOrInf = 1.0
     """E in Theorem 1: the policy loss is left out while KL(policy || Learn policy), in nats a step, is above it"""
     step_kl: PositiveOrInf = 0.1
@@ -553,7 +553,9 @@ def ppo_losses(args: Args, agent: Agent, batch: dict, train_actor: bool) -> dict
         ratio, advantages = log_ratio.exp(), batch["advantages"]
         clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
         row["policy_loss"] = -torch.min(advantages * ratio, advantages * clipped).mean()
-        kl_to_learn = gaussian_kl(policy, Normal(batch["learn_mean"], batch["std"]))
+        # both as wide as at the start: as the noise fell, what was learned would be pulled back (0.15 / 0.04)^2 times as hard
+        std = torch.full_like(policy.mean, args.std_start)
+        kl_to_learn = gaussian_kl(Normal(policy.mean, std), Normal(batch["learn_mean"], std))
         row |= {"kl_to_learn": kl_to_learn.mean(), "leash": (batch["leash"] * kl_to_learn).mean()}
         with torch.no_grad():
             row |= {
@@ -641,7 +643,8 @@ class Reinforce(Trainer):
         if len(alive) == 1:  # no other pattern to keep apart from: Theorem 1's leash off, as in the paper's O2O-RL baseline
             args = dataclasses.replace(args, kl_coef=0.0, kl_hold=0.0, target_kl=math.inf)
         super().__init__(args, env, agent, agent.num_patterns)
-        self.leash = torch.as_tensor(np.where(learn_success >= 0.95, args.kl_hold, args.kl_coef), dtype=torch.float32, device=agent.device)
+        leash = args.kl_coef ** (1 - learn_success) * args.kl_hold**learn_success
+        self.leash = torch.as_tensor(leash, dtype=torch.float32, device=agent.device)
         self.encoder, self.alive, self.curriculum = encoder, np.array(alive), curriculum
         self.reference = copy.deepcopy(agent).requires_grad_(False)  # the Learn policy
         self.bonus_encoder = copy.deepcopy(encoder).requires_grad_(args.mi_encoder == "onpolicy").to(agent.device)

@@ -221,9 +221,10 @@ def ppo_losses(args: Args, agent: Agent, batch: dict, train_actor: bool) -> dict
         ratio, advantages = log_ratio.exp(), batch["advantages"]
         clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
         row["policy_loss"] = -torch.min(advantages * ratio, advantages * clipped).mean()
+        std = torch.full_like(policy.mean, args.std_start)
         with torch.no_grad():
             row |= {
-                "kl_to_learn": gaussian_kl(policy, Normal(batch["learn_mean"], batch["std"])).mean(),
+                "kl_to_learn": gaussian_kl(Normal(policy.mean, std), Normal(batch["learn_mean"], std)).mean(),
                 "moved": gaussian_kl(policy, Normal(batch["mean"], batch["std"])).mean(),
                 "approx_kl": ((ratio - 1) - log_ratio).mean(),
                 "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),

@@ -617,16 +617,31 @@ def test_beyond_target_kl_the_policy_is_only_pulled_back(learned):
     assert not same(weights(trainer.agent.critic), critic)
 
 
+def test_the_leash_does_not_tighten_as_the_noise_falls(learned):
+    strayed = []
+    for std in (0.3, 0.03):
+        trainer, _ = make_trainer(learned, critic_warmup=0, std_start=0.3, std_end=0.03, update_epochs=1, num_minibatches=1)
+        trainer.iteration = 0 if std == 0.3 else trainer.num_iterations
+        with torch.no_grad():
+            trainer.agent.actor[-1].bias += 0.1
+        logs = trainer.run_iteration()
+        assert logs["charts/policy_std"] == pytest.approx(std)
+        strayed.append(logs["losses/kl_to_learn"])
+    size = trainer.agent.actor[-1].bias.numel()
+    assert strayed == pytest.approx([size * (0.1 / 0.3) ** 2 / 2] * 2, rel=1e-3)
+
+
 def test_patterns_that_were_learned_well_are_held_closer(learned):
     strayed = {}
-    for success in (0.94, 0.95):
+    for success in (0.0, 1.0):
         trainer, _ = make_trainer(learned, critic_warmup=0, target_kl=1e-6, step_kl=10.0, learn_success=(success, success))
         with torch.no_grad():
             trainer.agent.actor[-1].bias += 0.1
         strayed[success] = [trainer.run_iteration()["losses/kl_to_learn"] for _ in range(3)][-1]
-    assert strayed[0.95] < 0.7 * strayed[0.94]
-    trainer, _ = make_trainer(learned, learn_success=(0.2, 1.0), kl_coef=0.1, kl_hold=0.3)
-    assert trainer.leash.tolist() == pytest.approx([0.1, 0.3])
+    assert strayed[1.0] < 0.7 * strayed[0.0]
+    for success, leash in ((0.0, 0.1), (0.5, 0.2), (1.0, 0.4)):
+        trainer, _ = make_trainer(learned, learn_success=(success, 1.0), kl_coef=0.1, kl_hold=0.4)
+        assert trainer.leash.tolist() == pytest.approx([leash, 0.4])
 
 
 def test_reinforce_solves_the_plane_and_keeps_the_patterns_apart(learned):
