@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from benchmarks import all_tasks
 from common.cli import UserError, usable_cores
 from common.runs import write_json
 from common.suites import expand
@@ -493,6 +494,37 @@ def test_failed_runs_count_as_zero_beside(tmp_path):
         row | {"task": "c", "state": "todo"},
     ]
     assert "| libero_goal | 1 of 3 | 1 |  | 90 % (90 % to 90 %) | 45 % |" in report.suites_table(rows)
+
+
+def test_sweeps_of_one_script_make_one_table(tmp_path, monkeypatch, capsys):
+    """Two sweeps, the later of which ran a task again: its run counts, a failed one as 0 %, and one that is not done is missing."""
+    tasks = expand(["libero_goal"])
+    row = dict.fromkeys(report.FIELDS) | {"suite": "libero_goal", "seed": 1, "minutes": 1.0, "folder": "x", "corpus": "y"}
+    done = row | {"state": "done", "versions": {"revision": "abc"}, "learn": 0.5, "patterns": 1, "found": 2}
+    first = [done | {"task": tasks[1], "reinforce": 0.6}, done | {"task": tasks[0], "reinforce": 0.9}]
+    again = [
+        done | {"task": tasks[1], "reinforce": 1.0},
+        row | {"task": tasks[2], "state": "failed"},
+        row | {"task": tasks[3], "state": "todo"},
+    ]
+    for name, runs, flags in (("a", first, []), ("b", again, []), ("c", [], ["--seed", "2"])):
+        write_json(tmp_path / name / "sweep.json", {"script": "s.py", "flags": flags, "runs": runs})
+
+    def tell(*words):
+        monkeypatch.setattr(sys, "argv", ["all_tasks", *map(str, words), "--tasks", "libero_goal", "--json", str(tmp_path / "all.json")])
+        all_tasks.main()
+        return capsys.readouterr().out
+
+    said = tell(tmp_path / "a", tmp_path / "b")
+    assert "2 of 3 tasks at 90 % or better; mean 63.3%" in said and "2 clones under 80 %, of which RL makes +45.0%" in said
+    assert "7 of 10 tasks have no run yet" in said and "| 1 of 2 |" in said and "revisions: abc" in said
+    kept = json.loads((tmp_path / "all.json").read_text())["runs"]
+    assert [(run["task"], run["reinforce"]) for run in kept] == [(tasks[0], 0.9), (tasks[1], 1.0), (tasks[2], None)]
+    assert "folder" not in kept[0] and tell(tmp_path / "all.json") == said
+    with pytest.raises(UserError, match="differ in script or flags"):
+        tell(tmp_path / "a", tmp_path / "c")
+    with pytest.raises(UserError, match="neither a sweep's folder"):
+        tell(tmp_path)
 
 
 def test_interval_covers():

@@ -14,7 +14,17 @@ from common.runs import versions, write_json
 from common.suites import SUITES
 from common.sweep.jobs import Job
 
-FIELDS = ("learn", "reinforce", "worst_pattern", "patterns", "p_leak", "distance", "minutes_to_90", "env_steps")  # of finished runs
+FIELDS = (
+    "learn",
+    "reinforce",
+    "worst_pattern",
+    "patterns",
+    "found",
+    "p_leak",
+    "distance",
+    "minutes_to_90",
+    "env_steps",
+)  # of finished runs
 FIELDS += ("corpus", "corpus_episodes", "corpus_bytes", "assets", "demos", "versions")
 GOAL = 0.9  # the success that "to 90 %" is about
 CARD = """# Trajectories of {script}, {tasks} tasks
@@ -86,6 +96,7 @@ def row(job: Job) -> dict:
         "reinforce": summary.get("success_rate"),
         "worst_pattern": min(rates, default=None),
         "patterns": summary.get("alive", len(rates)),
+        "found": summary.get("num_patterns", len(rates)),
         "p_leak": summary.get("leakage", {}).get("p_leak"),
         "distance": summary.get("diversity", {}).get("mean_pairwise_distance"),
         "minutes_to_90": minutes_to_goal(job, summary),
@@ -190,7 +201,7 @@ def tasks_table(rows: list[dict]) -> str:
             _percent(r["learn"]),
             after,
             _percent(r["worst_pattern"]),
-            r["patterns"] or "",
+            f"{r['patterns']} of {r['found']}" if r.get("found") != r["patterns"] else r["patterns"] or "",
             _percent(r["p_leak"]),
         ]
         lines.append([*cells, _number(r["distance"]), _number(r["minutes"], 1), _number(r["minutes_to_90"], 1)])
