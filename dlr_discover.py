@@ -104,8 +104,8 @@ class Args(JobArgs):
     """gradients are clipped to this norm"""
     kl_coef: NotNegative = 0.05
     """weight of KL(policy || Learn policy) in the loss, which keeps noise in the updates from using up target_kl"""
-    kl_hold: NotNegative = 0.5
-    """the same for patterns in which the Learn policy always succeeds (else between the two): they could gain but speed"""
+    kl_hold: NotNegative = 2.5
+    """the same for patterns in which the Learn policy always succeeds (kl_coef for at most half the time): they could gain but speed"""
     target_kl: PositiveOrInf = 1.0
     """E in Theorem 1: the policy loss is left out while KL(policy || Learn policy), in nats a step, is above it"""
     step_kl: PositiveOrInf = 0.1
@@ -643,7 +643,8 @@ class Reinforce(Trainer):
         if len(alive) == 1:  # no other pattern to keep apart from: Theorem 1's leash off, as in the paper's O2O-RL baseline
             args = dataclasses.replace(args, kl_coef=0.0, kl_hold=0.0, target_kl=math.inf)
         super().__init__(args, env, agent, agent.num_patterns)
-        leash = args.kl_coef ** (1 - learn_success) * args.kl_hold**learn_success
+        held = np.clip(2 * learn_success - 1, 0, 1)
+        leash = args.kl_coef ** (1 - held) * args.kl_hold**held
         self.leash = torch.as_tensor(leash, dtype=torch.float32, device=agent.device)
         self.encoder, self.alive, self.curriculum = encoder, np.array(alive), curriculum
         self.reference = copy.deepcopy(agent).requires_grad_(False)  # the Learn policy
