@@ -149,3 +149,15 @@ run_command(main)
             assert process.stdout.readline() == line
             process.send_signal(signal.SIGINT)
         assert (process.stderr.read(), process.wait(), list(tmp_path.iterdir())) == ("interrupted\n", 130, [])
+
+
+@pytest.mark.parametrize("told, count", [({}, 1000), ({"GOMP_SPINCOUNT": "7"}, 7), ({"OMP_WAIT_POLICY": "PASSIVE"}, 0)])
+def test_torchs_threads_do_not_wait_at_full_speed(told, count):
+    """What GNU's OpenMP says that it was told. Users' own words count."""
+    env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    env |= told | {"OMP_DISPLAY_ENV": "VERBOSE"}
+    done = subprocess.run([sys.executable, "-c", "import common.start, torch"], cwd=ROOT, env=env, capture_output=True, text=True)
+    said = [line for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
+    if done.returncode == 0 and not said:
+        pytest.skip("torch's OpenMP here is not GNU's")
+    assert said and all(line.endswith(f"GOMP_SPINCOUNT = '{count}'") for line in said), said
