@@ -76,7 +76,7 @@ class Args(JobArgs):
 
     # Reinforce
     total_steps: Count | None = None
-    """environment steps of PPO (default: 2,400 times the mean length of demonstrations, 300,000 at least)"""
+    """environment steps of PPO (default: 3,600 times the mean length of demonstrations, 450,000 at least)"""
     num_steps: Count = 128
     """steps an environment takes between updates"""
     gamma: Fraction = 0.99
@@ -106,7 +106,7 @@ class Args(JobArgs):
     std_start: Annotated[float, Range(0.02, 1.5)] = 0.08
     """floor of a trained denoising step's standard deviation when Reinforce begins, in units of the action range"""
     std_end: Annotated[float, Range(0.02, 1.5)] = 0.04
-    """and when it ends (geometric schedule): evaluation and the corpus take the mean action, so training must come near it"""
+    """and after two thirds of it (geometric schedule): evaluation and the corpus take the mean action, so training must come near it"""
     chunk_noise: Literal["shared", "independent"] = "shared"
     """exploration of a trained step: one offset for all actions of a chunk, or noise of its own for each (DPPO)"""
     start_noise: bool = False
@@ -560,7 +560,8 @@ class Reinforce(Trainer):
         args, env, agent, device = self.args, self.env, self.agent, self.agent.device
         progress = self.iteration / self.num_iterations
         self.optimizer.param_groups[0]["lr"] = args.actor_lr * (1 - progress if args.anneal_lr else 1)
-        floor = args.std_start ** (1 - progress) * args.std_end**progress
+        fallen = min(1.0, 1.5 * progress)  # the last third of the steps is for what isn't done without noise yet
+        floor = args.std_start ** (1 - fallen) * args.std_end**fallen
         shape, size = (args.num_steps, env.num_envs), agent.shape[0] * agent.shape[1]
         obs, next_obs = (obs_buffer(args.num_steps, self.obs, device) for _ in range(2))
         paths, means = (torch.zeros(*shape, args.finetune_steps + more, size, device=device) for more in (1, 0))

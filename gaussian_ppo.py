@@ -61,7 +61,7 @@ class Args(JobArgs):
 
     # Reinforce
     total_steps: Count | None = None
-    """environment steps of PPO (default: 2,400 times the mean length of demonstrations, 300,000 at least)"""
+    """environment steps of PPO (default: 3,600 times the mean length of demonstrations, 450,000 at least)"""
     num_steps: Count = 128
     """steps an environment takes between updates"""
     gamma: Fraction = 0.99
@@ -83,7 +83,7 @@ class Args(JobArgs):
     std_start: Annotated[float, Range(0.02, 1.5)] = 0.15
     """standard deviation of the policy when Reinforce begins, in units of the action range"""
     std_end: Annotated[float, Range(0.02, 1.5)] = 0.04
-    """and when it ends (geometric schedule): evaluation and the corpus take the mean action, so training must come near it"""
+    """and after two thirds of it (geometric schedule): evaluation and the corpus take the mean action, so training must come near it"""
     max_grad_norm: PositiveOrInf = 0.5
     """gradients are clipped to this norm"""
     step_kl: PositiveOrInf = 0.1
@@ -285,7 +285,8 @@ class Reinforce(Trainer):
         args, env, agent, device = self.args, self.env, self.agent, self.agent.device
         progress = self.iteration / self.num_iterations
         self.optimizer.param_groups[0]["lr"] = args.actor_lr * (1 - progress if args.anneal_lr else 1)
-        std = args.std_start ** (1 - progress) * args.std_end**progress
+        fallen = min(1.0, 1.5 * progress)  # the last third of the steps is for what the mean action can't do yet
+        std = args.std_start ** (1 - fallen) * args.std_end**fallen
         with torch.no_grad():
             agent.log_std.fill_(math.log(std))
             self.reference.log_std.fill_(math.log(std))

@@ -141,7 +141,7 @@ class Job:
             args.demos, task, args.num_demos, args.demo_noise, args.seed, run.progress, args.filter_key
         )
         if args.total_steps is None:  # config.json keeps the None: it is of the demonstrations, which a resumed run has, too
-            longest = max(300_000, round(2400 * np.mean([e.length for e in self.demos])))
+            longest = max(450_000, round(3600 * np.mean([e.length for e in self.demos])))
             self.args = dataclasses.replace(args, total_steps=longest)
             run.progress.say(f"Reinforce: {longest:,} steps at most")
 
@@ -289,8 +289,8 @@ class Trainer:
 
     @property
     def promising(self) -> bool:
-        """Whether each pattern's last 50 episodes say that training might stop (and a tenth of it has passed since it was looked at)."""
-        if self.args.stop_success is None or not self.settled or self.iteration - self.looked < self.num_iterations / 10:
+        """Whether each pattern's last 50 episodes say that training might stop (and a fifteenth has passed since it was looked at)."""
+        if self.args.stop_success is None or not self.settled or self.iteration - self.looked < self.num_iterations / 15:
             return False
         outcomes = [self.outcomes[k] for k in self.alive]
         return all(len(o) == o.maxlen for o in outcomes) and succeeds(self.args.stop_success, [np.mean(o) for o in outcomes])
