@@ -566,7 +566,7 @@ def test_whole_job_killed_and_resumed_is_as_if_never_stopped(demos, tmp_path, dr
 def test_what_takes_longer_to_do_is_trained_for_longer(demos, drawer_task, tmp_path, monkeypatch):
     monkeypatch.setattr("common.job.load_task", lambda *_: drawer_task)
     episodes = read_episodes(demos, drawer_task)
-    for length, steps, flags in ((100, 300_000, []), (216, 518_400, []), (216, 64, ["--total-steps", "64"])):
+    for length, steps, flags in ((100, 450_000, []), (216, 777_600, []), (216, 64, ["--total-steps", "64"])):
         same_length = [dataclasses.replace(e, actions=np.zeros((length, 7), np.float32)) for e in episodes]
         monkeypatch.setattr("common.job.load_demos", lambda *_, found=same_length: (found, "made up"))
         monkeypatch.setattr(
