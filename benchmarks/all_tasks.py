@@ -1,4 +1,4 @@
-"""The runs of several sweeps of one script as one table and figure (docs/all_tasks.md).
+"""The runs of several sweeps of one script as one table and figure (docs/sweep.md).
 
     python -m benchmarks.all_tasks docs/results/all_gaussian_ppo.json runs/sweep-gaussian_ppo --json docs/results/all_gaussian_ppo.json
 

@@ -201,7 +201,7 @@ def tasks_table(rows: list[dict]) -> str:
             _percent(r["learn"]),
             after,
             _percent(r["worst_pattern"]),
-            f"{r['patterns']} of {r['found']}" if r.get("found") != r["patterns"] else r["patterns"] or "",
+            f"{r['patterns']} of {r['found']}" if r.get("found", r["patterns"]) != r["patterns"] else r["patterns"] or "",
             _percent(r["p_leak"]),
         ]
         lines.append([*cells, _number(r["distance"]), _number(r["minutes"], 1), _number(r["minutes_to_90"], 1)])
