@@ -14,18 +14,8 @@ from common.runs import versions, write_json
 from common.suites import SUITES
 from common.sweep.jobs import Job
 
-FIELDS = (
-    "learn",
-    "reinforce",
-    "worst_pattern",
-    "patterns",
-    "found",
-    "p_leak",
-    "distance",
-    "minutes_to_90",
-    "env_steps",
-)  # of finished runs
-FIELDS += ("corpus", "corpus_episodes", "corpus_bytes", "assets", "demos", "versions")
+FIELDS = ("learn", "reinforce", "worst_pattern", "patterns", "found", "p_leak", "distance")  # of finished runs
+FIELDS += ("minutes_to_90", "env_steps", "corpus", "corpus_episodes", "corpus_bytes", "assets", "demos", "versions")
 GOAL = 0.9  # the success that "to 90 %" is about
 CARD = """# Trajectories of {script}, {tasks} tasks
 
