@@ -563,7 +563,9 @@ class Reinforce(Trainer):
         fallen = min(1.0, 1.5 * progress)  # the last third of the steps is for what isn't done without noise yet
         floor = args.std_start ** (1 - fallen) * args.std_end**fallen
         shape, size = (args.num_steps, env.num_envs), agent.shape[0] * agent.shape[1]
-        obs, next_obs = (obs_buffer(args.num_steps, self.obs, device) for _ in range(2))
+        look = agent.actor.obs_encoder.look  # of pictures, where an estimator reads them, its estimate is kept
+        seen = look(to_tensor(self.obs, device))
+        obs, next_obs = (obs_buffer(args.num_steps, seen) for _ in range(2))
         paths, means = (torch.zeros(*shape, args.finetune_steps + more, size, device=device) for more in (1, 0))
         decided, rewards, terminated, done = (torch.zeros(shape, device=device) for _ in range(4))
         chunks = np.zeros((env.num_envs, *agent.shape), np.float32)
@@ -571,7 +573,7 @@ class Reinforce(Trainer):
         lengths, denoise, began = [], compiled(Agent.denoise, args.compile), time.perf_counter()
         with rollout.acting(env):
             for t in range(args.num_steps):
-                obs[t] = random_shift(to_tensor(self.obs, device))  # the policy acts on the shifted picture, so the ratio is of one picture
+                obs[t] = random_shift(seen)  # pictures: the policy acts on the shifted one, so the ratio is of one picture
                 due = np.flatnonzero(used >= args.execute)
                 if len(due):
                     paths[t, due], means[t, due] = denoise(agent, obs[t, due], floor)
@@ -580,9 +582,9 @@ class Reinforce(Trainer):
                 self.obs, reward, term, trunc, info = env.step(chunks[np.arange(env.num_envs), used])
                 ended = term | trunc
                 used = np.where(ended, args.execute, used + 1)
-                next_obs[t] = to_tensor(self.obs, device)
+                next_obs[t] = seen = look(to_tensor(self.obs, device))
                 if ended.any():
-                    next_obs[t, ended] = to_tensor(info["final_obs"], device)[ended]
+                    next_obs[t, ended] = look(to_tensor(info["final_obs"], device)[ended])
                 rewards[t], terminated[t], done[t] = (torch.as_tensor(x.astype(np.float32)) for x in (reward, term, ended))
                 self.outcomes[0].extend(term[ended].astype(float))
                 lengths += list(info["final_length"][ended]) if ended.any() else []
@@ -650,7 +652,7 @@ def main() -> None:
     agent = Agent(args, job.obs_encoder()).to(args.device)
     policy = ChunkPolicy(agent, job.eval_env.num_envs, args.execute)
     if run.stage == "start":
-        demo_obs, actions = job.observed_demos(), [e.actions for e in job.demos]
+        demo_obs, actions = job.observed_demos(agent.actor.obs_encoder), [e.actions for e in job.demos]
         learn(args, agent, demo_obs, actions, run.ticker("Learn", args.learn_epochs, "held-out loss {learn_held_out_loss:.3f}"))
         (row,), _ = job.evaluate(policy, [0], "Learn")
         run.save("learn", agent=agent.state_dict(), learn_success=row["success_rate"])

@@ -686,7 +686,9 @@ class Reinforce(Trainer):
             agent.log_std.fill_(math.log(std))
             self.reference.log_std.fill_(math.log(std))
         shape = (args.num_steps, env.num_envs)
-        obs, next_obs = (obs_buffer(args.num_steps, self.obs, device) for _ in range(2))
+        look = agent.obs_encoder.look  # of pictures, where an estimator reads them, its estimate is kept
+        seen = look(to_tensor(self.obs, device))
+        obs, next_obs = (obs_buffer(args.num_steps, seen) for _ in range(2))
         actions, means = (torch.zeros(*shape, 7, device=device) for _ in range(2))
         z = torch.zeros(shape, dtype=torch.long, device=device)
         log_probs, rewards, terminated, done, bonus = (torch.zeros(shape, device=device) for _ in range(5))
@@ -694,14 +696,14 @@ class Reinforce(Trainer):
         began = time.perf_counter()
         with rollout.acting(env):
             for t in range(args.num_steps):
-                obs[t] = random_shift(to_tensor(self.obs, device))  # the policy acts on the shifted picture, so the ratio is of one picture
+                obs[t] = random_shift(seen)  # pictures: the policy acts on the shifted one, so the ratio is of one picture
                 z[t] = torch.as_tensor(self.z)
                 actions[t], means[t], log_probs[t] = sample(agent, obs[t], z[t])
                 self.obs, reward, term, trunc, info = env.step(actions[t].clamp(-1, 1).cpu().numpy())
                 ended = term | trunc
-                next_obs[t] = to_tensor(self.obs, device)
+                next_obs[t] = seen = look(to_tensor(self.obs, device))
                 if ended.any():
-                    next_obs[t, ended] = to_tensor(info["final_obs"], device)[ended]
+                    next_obs[t, ended] = look(to_tensor(info["final_obs"], device)[ended])
                 rewards[t], terminated[t], done[t] = (torch.as_tensor(x.astype(np.float32)) for x in (reward, term, ended))
                 if args.mi_coef:
                     with torch.no_grad():  # r_div = log q(z|s) - log p(z)
@@ -713,6 +715,8 @@ class Reinforce(Trainer):
                     lengths.append(int(info["final_length"][i]))
                 if ended.any():
                     self.begin(np.flatnonzero(ended))
+                    if self.curriculum is not None:  # it may have begun elsewhere
+                        seen = look(to_tensor(self.obs, device))
         rollout_seconds, began = time.perf_counter() - began, time.perf_counter()
 
         rewards += args.mi_coef * bonus
@@ -815,7 +819,7 @@ def main() -> None:
     torch.manual_seed(args.seed + 1)
     agent = Agent(job.obs_encoder(), k, args.hidden).to(args.device)
     if run.stage == "discover":
-        demo_obs, actions = job.observed_demos(), [e.actions for e in job.demos]
+        demo_obs, actions = job.observed_demos(agent.obs_encoder), [e.actions for e in job.demos]
         tick = run.ticker("Learn", args.learn_epochs, "held-out loss {learn_held_out_loss:.2f}")
         learn(args, agent, demo_obs, actions, [np.full(len(obs), z) for obs, z in zip(demo_states, patterns, strict=True)], tick)
         rows, episodes = job.evaluate(agent.act, range(k), "Learn", most=150)  # on the way: failures take long

@@ -291,19 +291,21 @@ class Reinforce(Trainer):
             agent.log_std.fill_(math.log(std))
             self.reference.log_std.fill_(math.log(std))
         shape = (args.num_steps, env.num_envs)
-        obs, next_obs = (obs_buffer(args.num_steps, self.obs, device) for _ in range(2))
+        look = agent.obs_encoder.look  # of pictures, where an estimator reads them, its estimate is kept
+        seen = look(to_tensor(self.obs, device))
+        obs, next_obs = (obs_buffer(args.num_steps, seen) for _ in range(2))
         actions, means = (torch.zeros(*shape, 7, device=device) for _ in range(2))
         log_probs, rewards, terminated, done = (torch.zeros(shape, device=device) for _ in range(4))
         lengths, sample, began = [], compiled(Agent.sample, args.compile), time.perf_counter()
         with rollout.acting(env):
             for t in range(args.num_steps):
-                obs[t] = random_shift(to_tensor(self.obs, device))  # the policy acts on the shifted picture, so the ratio is of one picture
+                obs[t] = random_shift(seen)  # pictures: the policy acts on the shifted one, so the ratio is of one picture
                 actions[t], means[t], log_probs[t] = sample(agent, obs[t])
                 self.obs, reward, term, trunc, info = env.step(actions[t].clamp(-1, 1).cpu().numpy())
                 ended = term | trunc
-                next_obs[t] = to_tensor(self.obs, device)
+                next_obs[t] = seen = look(to_tensor(self.obs, device))
                 if ended.any():
-                    next_obs[t, ended] = to_tensor(info["final_obs"], device)[ended]
+                    next_obs[t, ended] = look(to_tensor(info["final_obs"], device)[ended])
                 rewards[t], terminated[t], done[t] = (torch.as_tensor(x.astype(np.float32)) for x in (reward, term, ended))
                 self.outcomes[0].extend(term[ended].astype(float))
                 lengths += list(info["final_length"][ended]) if ended.any() else []
@@ -356,7 +358,7 @@ def main() -> None:
     torch.manual_seed(args.seed + 1)
     agent = Agent(job.obs_encoder(), args.hidden).to(args.device)
     if run.stage == "start":
-        demo_obs, actions = job.observed_demos(), [e.actions for e in job.demos]
+        demo_obs, actions = job.observed_demos(agent.obs_encoder), [e.actions for e in job.demos]
         learn(args, agent, demo_obs, actions, run.ticker("Learn", args.learn_epochs, "held-out loss {learn_held_out_loss:.2f}"))
         (row,), _ = job.evaluate(agent.act, [0], "Learn")
         run.save("learn", agent=agent.state_dict(), learn_success=row["success_rate"])

@@ -43,11 +43,12 @@ from common.libero.assets import assets_like
 from common.libero.renderers import Renderer, available, make_renderer
 from common.libero.step import NO_OP
 from common.metrics import wilson_interval
+from common.networks import autocast
 from common.runs import Progress, versions, write_json
 from common.suites import base_suite, expand
 from common.video import write_video
 from common.vla_model import VLA, crop_side, digest, load_model, save_model
-from common.vla_training import Batches, Log, ReadError, SharedRun, TrainingArgs, autocast, distributed, prepare, rank, world_size
+from common.vla_training import Batches, Log, ReadError, SharedRun, TrainingArgs, distributed, prepare, rank, world_size
 
 
 @dataclasses.dataclass

@@ -30,9 +30,10 @@ from torch.nn.parallel import DistributedDataParallel
 from common.cli import Count, NotNegative, Positive, PositiveOrInf, Range, run_command
 from common.data import vla as vla_data
 from common.data.vla import Chunks
+from common.networks import autocast
 from common.runs import versions
 from common.vla_model import VLA, crop_side, save_model
-from common.vla_training import Batches, Log, ReadError, SharedRun, TrainingArgs, autocast, distributed, prepare, rank, world_size
+from common.vla_training import Batches, Log, ReadError, SharedRun, TrainingArgs, distributed, prepare, rank, world_size
 
 
 @dataclasses.dataclass

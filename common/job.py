@@ -26,10 +26,11 @@ from common.libero.make import choose_backend, choose_physics
 from common.libero.observation import StateObservation, observe_states
 from common.libero.pixels import PixelEnv
 from common.libero.tasks import find_human_demos
-from common.networks import CONVOLUTIONS, Normalizer, PixelEncoder, make_obs_encoder
+from common.networks import CONVOLUTIONS, Normalizer, PixelEncoder, StateEstimator, make_obs_encoder, train_estimator
 from common.rollout import Policy
 from common.runs import Progress, Run, choose_device, read_config, rng_state, set_rng_state
 from common.suites import canonical
+from common.tensors import join, to_tensor
 
 # At most so many environments evaluate and roll out the corpus, by backend. On CPU cores, more would mostly idle in the end. A GPU takes
 # about as long for 512 worlds as for 64, and then 50 to 400 episodes run at once instead of one after the other.
@@ -82,10 +83,16 @@ class JobArgs:
     """of pictures: resnet18, the papers', or small, four convolutions; auto: small on a CPU"""
     image_size: Annotated[int, Range(32, 512, zero=True)] = 0
     """pixels of a picture's side (0: as the encoder likes it, small 64, resnet18 84)"""
+    train_encoder: Literal["auto", "policy", "state"] = "auto"
+    """with pixels, what the encoder is trained for: the policy, by Learn and PPO, as in the papers; or, before Learn, to tell the
+    simulator's state, which the policy then acts on (auto: state on a CPU)"""
+    estimator_steps: Count = 1000
+    """gradient steps of an encoder that tells the state"""
     near_field: NotNegative = 0.03
     """with states, metres within which relative positions are shown in detail, beside the standardised state (0: not)"""
     critic: Literal["features", "state"] = "features"
-    """with pixels, what the critic sees: the policy's features, or the simulator's state, which the policy never does"""
+    """with pixels, what the critic sees: the policy's features, or the simulator's state, which the policy never does (as it always is with
+    --train-encoder state)"""
 
     # Demonstrations
     demos: str = "auto"
@@ -153,13 +160,21 @@ class Job:
         self.run.open(self.task.id, depends, demos=self.demo_source, renderer=self.renderer)
         self.run.checkpoint["physics"] = self.args.physics
 
-    def obs_encoder(self) -> Normalizer | PixelEncoder:
+    def obs_encoder(self) -> Normalizer | PixelEncoder | StateEstimator:
         """A new encoder of what the environment shows."""
         return obs_encoder(self.args, self.train_env.single_observation_space, self.task)
 
-    def observed_demos(self) -> list:
-        """What the policy would have seen in the demonstrations; see `observe_demos`."""
-        return observe_demos(self.train_env, self.demos, self.run.progress)
+    def observed_demos(self, encoder: Normalizer | PixelEncoder | StateEstimator) -> list:
+        """What the policy would have seen in the demonstrations, see `observe_demos`; by a `StateEstimator`, which is trained on them."""
+        seen = observe_demos(self.train_env, self.demos, self.run.progress)
+        if not isinstance(encoder, StateEstimator):
+            return seen
+        steps, device = self.args.estimator_steps, encoder.middle.device
+        torch.manual_seed(self.args.seed + 1)
+        train_estimator(
+            encoder, join(seen, device), steps, self.run.ticker("estimator", steps, "error {learn_estimator_error:.4f}", each=20)
+        )
+        return [{name: x.cpu().numpy() for name, x in encoder.look(to_tensor(obs, device)).tensors.items()} for obs in seen]
 
     def evaluate(self, policy: Policy, patterns: Sequence[int], stage: str, most: int | None = None) -> tuple[list[dict], list[Episode]]:
         """Success of each pattern from the official init states: rows of summary.json's `per_pattern`, the episodes, and a line about it.
@@ -336,12 +351,17 @@ def fingerprint(episodes: Sequence[Episode]) -> str:
 
 def observation(args: JobArgs) -> dict[str, Any]:
     """What `make_env` has to know of what the policy, and the critic, see."""
-    return {"obs": args.obs, "image_size": args.image_size, "cameras": args.cameras, "show_state": args.critic == "state"}
+    return {
+        "obs": args.obs,
+        "image_size": args.image_size,
+        "cameras": args.cameras,
+        "show_state": "state" in (args.critic, args.train_encoder),
+    }
 
 
 def choose_devices(args: Any) -> Any:
     """A script's arguments with what `auto` means on this machine in the place of --device and --backend, and of the RL scripts'
-    --physics and --encoder.
+    --physics, --encoder and --train-encoder.
 
     --device cpu takes the simulator off the GPU, too: --backend warp then runs on Warp's CPU device, which is for tests. So without
     a GPU, `auto` isn't enough for it.
@@ -355,7 +375,8 @@ def choose_devices(args: Any) -> Any:
     if not isinstance(args, JobArgs):  # a VLA script's
         return dataclasses.replace(args, device=device, backend=backend)
     encoder = args.encoder if args.encoder != "auto" else "small" if device == "cpu" else "resnet18"
-    chosen = {"physics": choose_physics(args.physics, backend), "encoder": encoder}
+    train_encoder = args.train_encoder if args.train_encoder != "auto" else "state" if device == "cpu" else "policy"
+    chosen = {"physics": choose_physics(args.physics, backend), "encoder": encoder, "train_encoder": train_encoder}
     return dataclasses.replace(args, device=device, backend=backend, image_size=args.image_size or CONVOLUTIONS[encoder][1], **chosen)
 
 
@@ -386,9 +407,9 @@ def load_demos(
     return episodes, source
 
 
-def obs_encoder(args: JobArgs, space: gym.Space, task: Task) -> Normalizer | PixelEncoder:
+def obs_encoder(args: JobArgs, space: gym.Space, task: Task) -> Normalizer | PixelEncoder | StateEstimator:
     """A new encoder of what an environment of `task` shows, its `single_observation_space`."""
-    return make_obs_encoder(space, args.encoder, StateObservation(task).relative, args.near_field)
+    return make_obs_encoder(space, args.encoder, StateObservation(task).relative, args.near_field, args.train_encoder == "state")
 
 
 def observe_demos(env: LiberoVectorEnv, demos: Sequence[Episode], progress: Progress) -> list:

@@ -35,6 +35,17 @@ def compiled(function: Callable, really: bool) -> Callable:
     return torch.compile(function, mode="reduce-overhead") if really else function
 
 
+def bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16: GPUs do, and CPUs with AMX or AVX512-BF16."""
+    cpu = torch.cpu.get_capabilities()
+    return device.type == "cuda" or bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
+
+
+def autocast(device: torch.device, precision: str = "auto") -> torch.autocast:
+    """Matrix products and convolutions in bfloat16, where the hardware multiplies it and `precision` isn't "float32"."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "auto" and bfloat16(device))
+
+
 class Normalizer(nn.Module):
     """Standardises observations with fixed statistics, clipped to +-10; the statistics are part of the state dict.
 
@@ -57,6 +68,10 @@ class Normalizer(nn.Module):
     def augment(self, x: torch.Tensor, noise: float) -> torch.Tensor:
         """`x` (N, size) with Gaussian noise of `noise` standard deviations."""
         return x + noise * self.std * torch.randn_like(x)
+
+    def look(self, obs: torch.Tensor) -> torch.Tensor:
+        """What training keeps of observations: all."""
+        return obs
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ((x - self.mean) / self.std).clamp(-10.0, 10.0)
@@ -125,24 +140,17 @@ class ResNet18(nn.Sequential):
         super().__init__(*layers)
 
 
-class SpatialSoftmax(nn.Module):
-    """Where each channel is highest: (N, C, H, W) -> (N, 2 C), mean column then mean row, -1 to 1 (Levine et al. 2016, section 5.2)."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        height, width = x.shape[2:]
-        weights = x.flatten(2).softmax(-1).unflatten(2, (height, width))
-        columns, rows = (torch.linspace(-1, 1, n, device=x.device) for n in (width, height))
-        return torch.cat([weights.sum(2) @ columns, weights.sum(3) @ rows], dim=-1)
-
-
 class SmallConvNet(nn.Sequential):
-    """Four convolutions that a CPU can train, (N, 3, H, W) -> (N, 2 * 64): 64 points in the picture."""
+    """Four convolutions that a CPU can train, (N, 3, H, W) -> (N, 32, ceil(H / 8), ceil(W / 8)).
+
+    Asked where things are (`StateEstimator`), all its cells tell it three times as closely as a spatial softmax of them does.
+    """
 
     def __init__(self):
         layers: list[nn.Module] = []
-        for channels_in, channels, size, stride in ((3, 32, 5, 2), (32, 64, 3, 2), (64, 64, 3, 2), (64, 64, 3, 1)):
+        for channels_in, channels, size, stride in ((3, 32, 5, 2), (32, 64, 3, 2), (64, 64, 3, 2), (64, 32, 3, 1)):
             layers += [nn.Conv2d(channels_in, channels, size, stride, size // 2), nn.ReLU()]
-        super().__init__(*layers[:-1], SpatialSoftmax())
+        super().__init__(*layers)
 
 
 # What turns pictures into features, and the side of the pictures, in pixels, where --image-size doesn't say
@@ -152,8 +160,8 @@ CONVOLUTIONS = {"small": (SmallConvNet, 64), "resnet18": (ResNet18, 84)}
 class PixelEncoder(nn.Module):
     """Features of each camera's picture beside standardised proprioception (as in arXiv 2511.19528): (N, size).
 
-    `net` is "resnet18", the papers' convolutions, or "small". All cells of ResNet-18's last map are kept, not their average, which would
-    forget where things are. Each camera has convolutions of its own. On CUDA the pictures are worked on in bfloat16.
+    `net` is "resnet18", the papers' convolutions, or "small". All cells of the last map are kept, not their average, which would forget
+    where things are. Each camera has convolutions of its own. Convolutions are in bfloat16 where the hardware multiplies it.
     """
 
     FEATURES = 128  # of each picture
@@ -189,13 +197,17 @@ class PixelEncoder(nn.Module):
         """`obs` with pictures shifted at random and proprioception with noise, see `Normalizer.augment`."""
         return TensorDict(random_shift(obs).tensors | {"proprio": self.normalizer.augment(obs["proprio"], noise)})
 
+    def look(self, obs: TensorDict) -> TensorDict:
+        """What training keeps of observations (N, ...): all."""
+        return obs
+
     def forward(self, obs: TensorDict) -> torch.Tensor:
         """Pictures (N, H, W, 3) uint8 and `proprio` (N, 9) -> (N, size)."""
         features = []
-        with torch.autocast("cuda", torch.bfloat16, enabled=obs["proprio"].is_cuda):
-            for name, net in self.pictures.items():
-                batches = obs[name].split(self.PICTURES)
-                features.append(torch.cat([net(p.permute(0, 3, 1, 2) / 127.5 - 1.0) for p in batches]).float())
+        for name, (body, *project) in self.pictures.items():
+            with autocast(obs[name].device):
+                cells = torch.cat([body(p.permute(0, 3, 1, 2) / 127.5 - 1.0) for p in obs[name].split(self.PICTURES)])
+            features.append(nn.Sequential(*project)(cells.float()))
         return torch.cat([*features, self.normalizer(obs["proprio"])], dim=-1)
 
     def critic_view(self, obs: TensorDict, features: torch.Tensor | None = None) -> torch.Tensor:
@@ -208,17 +220,87 @@ class PixelEncoder(nn.Module):
         return features.detach()
 
 
+class StateEstimator(nn.Module):
+    """The simulator's state, as pictures and proprioception tell it; a policy that acts on it is one of states, with its `view` of them.
+
+    Convolutions that clone few demonstrations learn these by heart; pictures shifted at random prevent that, and leave them in doubt of
+    where things are. Asked where things are, they learn it in a minute, and a few numbers a picture leave little to learn by heart. The
+    simulator's state is known in training only (as in Pinto et al. 2018). docs/pixels.md has the numbers.
+
+    `train_estimator` fits it; it stays, so `look` puts its estimate in the place of the pictures: each is worked on once.
+    """
+
+    def __init__(self, encoder: PixelEncoder, view: Normalizer):
+        """`encoder` of pictures and proprioception, `view` of states."""
+        super().__init__()
+        self.encoder, self.view, self.size, self.critic_size = encoder, view, view.size, encoder.critic_size
+        states = len(view.mean)
+        self.tell = nn.Sequential(nn.ReLU(), layer_init(nn.Linear(encoder.size, 128)), nn.ReLU(), layer_init(nn.Linear(128, states), 0.01))
+        self.register_buffer("middle", torch.zeros(states))
+
+    def fit(self, obs: TensorDict) -> StateEstimator:
+        """Standardise estimates by those of `obs`, which `look` has seen."""
+        self.view.fit(obs["estimate"])
+        return self
+
+    def augment(self, obs: TensorDict, noise: float) -> TensorDict:
+        """`obs` with noise on estimates, see `Normalizer.augment`."""
+        return TensorDict(obs.tensors | {"estimate": self.view.augment(obs["estimate"], noise)})
+
+    def estimate(self, obs: TensorDict) -> torch.Tensor:
+        """Pictures (N, H, W, 3) uint8 and `proprio` (N, 9) -> states (N, S)."""
+        return self.middle + 0.05 * self.tell(self.encoder(obs))
+
+    @torch.no_grad()
+    def look(self, obs: TensorDict) -> TensorDict:
+        """What training keeps of observations (N, ...): the estimate in the place of the pictures."""
+        rest = {name: x for name, x in obs.tensors.items() if name not in self.encoder.pictures}
+        return TensorDict(rest | {"estimate": self.estimate(obs)})
+
+    def forward(self, obs: TensorDict) -> torch.Tensor:
+        """Observations, or what `look` made of them -> (N, size)."""
+        return self.view(obs["estimate"] if "estimate" in obs.tensors else self.estimate(obs))
+
+    def critic_view(self, obs: TensorDict, features: torch.Tensor | None = None) -> torch.Tensor:
+        """What the critic sees, (N, critic_size): the state itself."""
+        return self.encoder.critic_view(obs)
+
+
+def train_estimator(estimator: StateEstimator, obs: TensorDict, steps: int, tick: Callable) -> None:
+    """Fit it to `obs` (N, ...), among them the `state` (N, S), by `steps` gradient steps. `tick(step, losses)` is called every 20.
+
+    The loss is L1 beyond half a centimetre (or 0.005 of a rotation's entries): what a picture can't show, like the turn of a round bowl,
+    doesn't drown the rest. Pictures are shifted by a pixel at most: shifts by four leave centimetres of doubt.
+    """
+    estimator.encoder.fit(obs)
+    estimator.middle.copy_(obs["state"].mean(0))
+    parameters = [*estimator.encoder.parameters(), *estimator.tell.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=5e-5)
+    for step in range(steps):
+        batch = obs[torch.randint(len(obs), (128,), device=obs["state"].device)]
+        error = estimator.estimate(random_shift(batch, pad=1)) - batch["state"]
+        loss = nn.functional.smooth_l1_loss(100 * error, torch.zeros_like(error), beta=0.5)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            tick(step, {"learn/estimator_loss": loss.item(), "learn/estimator_error": error.abs().median().item()})
+
+
 def make_obs_encoder(
-    space: gym.Space, net: str = "resnet18", near: Sequence[int] = (), near_field: float = 0.0
-) -> Normalizer | PixelEncoder:
+    space: gym.Space, net: str = "resnet18", near: Sequence[int] = (), near_field: float = 0.0, estimate: bool = False
+) -> Normalizer | PixelEncoder | StateEstimator:
     """What turns an environment's observations (its `single_observation_space`) into (N, encoder.size) features; pictures by `net`, of
-    states the columns `near` also in detail within `near_field` of 0 (0: without).
+    states, also of those that pictures let it `estimate`, the columns `near` also in detail within `near_field` of 0 (0: without).
 
     Its `fit` takes the statistics of demonstrations, its `augment` varies observations for behaviour cloning, its `critic_view` is what
     V sees.
     """
     if isinstance(space, gym.spaces.Dict):
-        return PixelEncoder(space, net)
+        encoder = PixelEncoder(space, net)
+        return StateEstimator(encoder, make_obs_encoder(space["state"], net, near, near_field)) if estimate else encoder
     return NearField(space.shape[0], near, near_field) if near_field else Normalizer(space.shape[0])
 
 

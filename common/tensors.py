@@ -46,8 +46,8 @@ def join(obs: Sequence[np.ndarray] | Sequence[dict[str, np.ndarray]], device: to
     return torch.as_tensor(np.concatenate(obs), device=device)
 
 
-def obs_buffer(num_steps: int, obs: np.ndarray | dict[str, np.ndarray], device: torch.device | None = None) -> torch.Tensor | TensorDict:
-    """Zeros on `device` in which `num_steps` batches of observations like `obs` find room, (num_steps, num_envs, ...)."""
-    if isinstance(obs, dict):
-        return TensorDict({name: obs_buffer(num_steps, x, device) for name, x in obs.items()})
-    return torch.zeros((num_steps, *obs.shape), dtype=torch.as_tensor(obs).dtype, device=device)
+def obs_buffer(num_steps: int, obs: torch.Tensor | TensorDict) -> torch.Tensor | TensorDict:
+    """Zeros in which `num_steps` batches of observations like `obs` find room, (num_steps, num_envs, ...)."""
+    if isinstance(obs, TensorDict):
+        return TensorDict({name: obs_buffer(num_steps, x) for name, x in obs.tensors.items()})
+    return obs.new_zeros((num_steps, *obs.shape))

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.cli import Count, Range, UserError, check_ranges, usable_cores
 from common.data.vla import ACTION_SIZE, CAMERAS, Chunks, Corpus, Order, batches, corpus_files, explained, read_corpora
+from common.networks import autocast, bfloat16
 from common.runs import Progress, Run, choose_device, load_checkpoint
 from common.vla_model import VLA
 
@@ -189,17 +190,6 @@ class _Silence(Progress):
     def update(self, amount: int = 1, note: str = "") -> None: ...
 
     def say(self, line: str) -> None: ...
-
-
-def bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16: GPUs do, and CPUs with AMX or AVX512-BF16."""
-    cpu = torch.cpu.get_capabilities()
-    return device.type == "cuda" or bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
-
-
-def autocast(device: torch.device, precision: str):
-    """Matrix products and convolutions in bfloat16, where the hardware multiplies it and `precision` isn't "float32"."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "auto" and bfloat16(device))
 
 
 def keep_memory() -> None:

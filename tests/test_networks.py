@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.networks import Normalizer, PixelEncoder, ResNet18, SpatialSoftmax, make_obs_encoder, mlp, random_shift
+from common.networks import Normalizer, PixelEncoder, ResNet18, make_obs_encoder, mlp, random_shift
 from common.tensors import TensorDict
 
 torch.set_num_threads(1)
@@ -82,12 +82,6 @@ def test_pixel_encoder_does_not_mix_the_batch(net):
         torch.testing.assert_close(encoder(obs), together, atol=1e-4, rtol=1e-4)
     assert (together[1:] - together[:-1]).abs().max(-1).values.min() > 1e-2  # and it sees the pictures
     torch.testing.assert_close(together[:, 128:], ((obs["proprio"] - 2.0) / 0.01).clamp(-10, 10))
-
-
-def test_spatial_softmax_finds_the_peak():
-    x = torch.zeros(1, 2, 5, 9)
-    x[0, 0, 4, 2] = x[0, 1, 1, 8] = 100.0
-    torch.testing.assert_close(SpatialSoftmax()(x), torch.tensor([[-0.5, 1.0, 1.0, -0.5]]))  # columns, then rows
 
 
 def test_cameras_and_what_the_critic_sees():

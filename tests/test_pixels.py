@@ -22,7 +22,7 @@ from common.data import read_episodes, write_episodes
 from common.job import observe_demos
 from common.libero import make_env
 from common.libero.renderers import make_renderer
-from common.networks import compiled, make_obs_encoder
+from common.networks import compiled, make_obs_encoder, train_estimator
 from common.runs import Progress, load_checkpoint, save_checkpoint
 from common.tensors import TensorDict, join, obs_buffer, to_tensor
 
@@ -39,7 +39,7 @@ def test_tensor_dict_is_indexed_like_a_tensor():
     rows = np.array([True, False, True, False])
     for at in (2, slice(1, 3), [3, 0], rows, torch.tensor([1, 1])):
         assert torch.equal(obs[at]["proprio"], flat[at]) and torch.equal(obs[at]["agentview_rgb"], obs["agentview_rgb"][at])
-    room, plain = obs_buffer(3, arrays), obs_buffer(3, arrays["proprio"])
+    room, plain = obs_buffer(3, obs), obs_buffer(3, flat)
     assert room["agentview_rgb"].dtype == torch.uint8 and room["agentview_rgb"].shape == (3, 4, 2, 2, 3)
     for buffer, values in ((room, obs), (plain, flat)):
         buffer[1] = values
@@ -119,11 +119,11 @@ def test_bad_pixel_options(drawer_task):
 # ---------------------------------------------------------------------------------------------- the scripts on a plane
 
 
-def with_pictures(plane: type) -> type:
-    """A Plane whose observations are a picture of the point and the vectors to its goals as proprioception."""
+def with_pictures(plane: type, show_state: bool = False) -> type:
+    """A Plane whose observations are a picture of the point and the vectors to its goals as proprioception, and perhaps its state."""
 
     class PixelPlane(plane):
-        single_observation_space = pixel_space()
+        single_observation_space = pixel_space(*[plane(num_envs=1, max_steps=1, seed=0).observations().shape[1]] * show_state)
 
         def observations(self):
             state = super().observations()
@@ -131,14 +131,17 @@ def with_pictures(plane: type) -> type:
             for view, (x, y) in zip(views, self.position, strict=True):
                 row, column = (np.clip([0.5 - y / 2, 0.1 + x / 1.5], 0, 0.9) * 28).astype(int)
                 view[row : row + 5, column : column + 5] = (250, 200, 20)
-            return {"agentview_rgb": views, "proprio": np.resize(state[:, 2:].T, (6, self.num_envs)).T.copy()}
+            seen = {"agentview_rgb": views, "proprio": np.resize(state[:, 2:].T, (6, self.num_envs)).T.copy()}
+            return seen | {"state": state} if show_state else seen
 
     return PixelPlane
 
 
-def pixel_space() -> gym.spaces.Dict:
-    proprio = gym.spaces.Box(-np.inf, np.inf, (6,), np.float32)
-    return gym.spaces.Dict({"agentview_rgb": gym.spaces.Box(0, 255, (32, 32, 3), np.uint8), "proprio": proprio})
+def pixel_space(*states: int) -> gym.spaces.Dict:
+    """Of pictures and proprioception, and of a state of so many numbers."""
+    numbers = {"proprio": 6} | dict(zip(["state"], states, strict=False))
+    boxes = {name: gym.spaces.Box(-np.inf, np.inf, (size,), np.float32) for name, size in numbers.items()}
+    return gym.spaces.Dict({"agentview_rgb": gym.spaces.Box(0, 255, (32, 32, 3), np.uint8)} | boxes)
 
 
 def make_trainer(script, env=None, seed=0, **changes):
@@ -146,10 +149,12 @@ def make_trainer(script, env=None, seed=0, **changes):
     settings = dict(num_steps=6, total_steps=4 * 6 * 8, hidden=16, num_minibatches=1, update_epochs=1, critic_warmup=0)
     torch.manual_seed(0)
     plane = (test_dlr_discover if script is dlr_discover else test_gaussian_ppo).Plane
-    env = env or with_pictures(plane)(num_envs=4, max_steps=4, seed=seed)
+    estimate = changes.get("train_encoder") == "state"
+    env = env or with_pictures(plane, estimate)(num_envs=4, max_steps=4, seed=seed)
     space = getattr(env, "single_observation_space", None)  # a plane has none
     space = space or (pixel_space() if isinstance(env.observations(), dict) else env.observations()[0])
-    encoder, args = make_obs_encoder(space, "small"), script.Args(**(settings | changes))
+    encoder = make_obs_encoder(space, "small", estimate=estimate)
+    args = script.Args(**(settings | changes))
     if script is diffusion_ppo:
         args = dataclasses.replace(args, chunk=2, execute=2, denoising_steps=3, finetune_steps=2)
         return script.Reinforce(args, env, script.Agent(args, encoder))
@@ -186,6 +191,51 @@ def test_first_minibatch_has_ratio_one_in_pixels(script, monkeypatch):
     assert isinstance(seen, TensorDict) and seen["agentview_rgb"].dtype == torch.uint8
     tops = (seen["agentview_rgb"][:4, :, :, 0] == 250).any(2).int().argmax(1)  # where the four points begin, 1 pixel apart at most
     assert tops.max() - tops.min() >= 3
+
+
+@SCRIPTS
+def test_pictures_are_worked_on_once_where_an_estimator_reads_them(script, monkeypatch):
+    """--train-encoder state: PPO keeps estimates, not pictures, and trains what acts on them."""
+    trainer, batches, encoded = make_trainer(script, train_encoder="state"), [], []
+    agent = trainer.agent.actor if script is diffusion_ppo else trainer.agent
+    update, body = script.ppo_update, agent.obs_encoder.encoder.pictures["agentview_rgb"][0]
+    monkeypatch.setattr(script, "ppo_update", lambda *args, **named: batches.extend(args) or update(*args, **named))
+    body.register_forward_hook(lambda module, pictures, cells: encoded.append(len(cells)))
+    encoder, whole = weights(agent.obs_encoder), weights(agent)
+    logs = trainer.run_iteration()
+    assert same(weights(agent.obs_encoder), encoder) and not same(weights(agent), whole)
+    assert logs["losses/ratio"] == pytest.approx(1.0, abs=1e-4) and logs["losses/updates"] == 1
+    (batch,) = (x for x in batches if isinstance(x, dict))
+    assert sorted(batch["obs"].tensors) == ["estimate", "proprio", "state"]
+    assert sum(encoded) == 4 * 7 + 4  # what six steps return, what came before, and the four last pictures of episodes
+    obs = to_tensor(trainer.env.observations())
+    with torch.no_grad():
+        assert torch.equal(agent.obs_encoder(agent.obs_encoder.look(obs)), agent.obs_encoder(obs))
+
+
+def test_an_estimator_tells_where_things_are():
+    """A point that the picture shows and proprioception doesn't, on pictures it has not seen; the policy never sees the true state."""
+    rng = np.random.default_rng(0)
+
+    def drawn(number: int) -> TensorDict:
+        at = rng.integers(2, 28, (number, 2))
+        views = np.full((number, 32, 32, 3), 60, np.uint8)
+        for view, (row, column) in zip(views, at, strict=True):
+            view[row : row + 4, column : column + 4] = (250, 200, 20)
+        state = (at / 32 - 0.5).astype(np.float32)
+        return to_tensor({"agentview_rgb": views, "proprio": np.zeros((number, 6), np.float32), "state": state})
+
+    torch.manual_seed(0)
+    estimator = make_obs_encoder(pixel_space(2), "small", estimate=True)
+    seen, unseen, losses = drawn(400), drawn(100), []
+    train_estimator(estimator, seen, 150, lambda step, row: losses.append(row["learn/estimator_loss"]))
+    estimator.fit(estimator.look(seen))
+    with torch.no_grad():
+        error = (estimator.estimate(unseen) - unseen["state"]).abs()
+        assert error.median() < 0.02 and losses[-1] < losses[0] / 5  # guessing the middle is 0.2 off
+        moved = TensorDict(unseen.tensors | {"state": -unseen["state"]})
+        assert torch.equal(estimator(moved), estimator(unseen))
+        assert not torch.equal(estimator.critic_view(moved), estimator.critic_view(unseen))
 
 
 @SCRIPTS
