@@ -42,6 +42,8 @@ def read(source: Path) -> dict:
     path = source / "sweep.json" if source.is_dir() else source
     try:
         found = json.loads(path.read_text())
+        if "runs" not in found and "jobs" in found:
+            raise UserError(f"the sweep in {source} has not ended; python -m common.sweep --out {source} --report says what it has so far")
         return {"script": found["script"], "flags": list(found["flags"]), "runs": list(found["runs"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{source} is neither a sweep's folder nor a file that this command wrote: {error}") from error

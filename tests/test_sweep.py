@@ -525,6 +525,9 @@ def test_sweeps_of_one_script_make_one_table(tmp_path, monkeypatch, capsys):
         tell(tmp_path / "a", tmp_path / "c")
     with pytest.raises(UserError, match="neither a sweep's folder"):
         tell(tmp_path)
+    write_json(tmp_path / "a" / "sweep.json", {"script": "gaussian_ppo.py", "flags": [], "jobs": []})
+    with pytest.raises(UserError, match="has not ended; python -m common.sweep --out .*a --report says what it has"):
+        tell(tmp_path / "a")
 
 
 def test_interval_covers():
