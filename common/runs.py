@@ -96,7 +96,7 @@ AFTER_TRAINING = ("corpus_episodes", "corpus_images", "videos", "allow_mismatch"
 BY_CONTENT = ("data", "demos", "checkpoint")  # these, too: the files may lie elsewhere now, and are compared by what is in them
 NO_RESULT = ("num_workers", "track", "wandb_project_name", "wandb_entity")  # and what changes no result
 # what was done before there were these flags, whose defaults are others
-BEFORE = {"physics": "exact", "stop_success": None, "near_field": 0.0, "learn_switch_weight": 1.0}
+BEFORE = {"physics": "exact", "stop_success": None, "near_field": 0.0, "learn_switch_weight": 1.0, "train_encoder": "policy"}
 
 
 def resumed_args(run: Path, script: str, cls: type):

@@ -504,7 +504,7 @@ def plane_args(**changes) -> Args:
     return Args(**(settings | changes))
 
 
-def walks(args, number=60, aim=0.82, seed=0):
+def walks(args, number=60, aim=0.79, seed=0):
     """Walks past each goal, a little too far out: observations, actions, labels, and the episodes for a curriculum."""
     rng = np.random.default_rng(seed)
     env, out = Plane(1), ([], [], [], [])
@@ -645,7 +645,8 @@ def test_patterns_that_were_learned_well_are_held_closer(learned):
 
 
 def test_reinforce_solves_the_plane_and_keeps_the_patterns_apart(learned):
-    trainer, env = make_trainer(learned)
+    # a leash of 0.05 lets one pattern unlearn what the other learns on one seed in three, by such large steps; this one on none of six
+    trainer, env = make_trainer(learned, kl_coef=0.2)
     trainer.run_iteration()
     trainer.run_iteration()
     for z in (0, 1):

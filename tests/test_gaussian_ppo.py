@@ -81,7 +81,7 @@ def test_shared_options_are_the_same_in_every_script(script, other, excepted):
 @pytest.mark.parametrize("script", [gaussian_ppo, dlr_discover, diffusion_ppo])
 def test_a_run_from_before_a_flag_is_continued_without_what_it_does(script):
     args = runs.stored_args(script.Args, {"seed": 3})
-    assert args.seed == 3 and args.near_field == 0 and getattr(args, "learn_switch_weight", 1) == 1
+    assert args.seed == 3 and args.near_field == 0 and args.train_encoder == "policy" and getattr(args, "learn_switch_weight", 1) == 1
     assert runs.stored_args(script.Args, {"near_field": 0.05}).near_field == 0.05 and script.Args().near_field > 0
 
 
@@ -105,8 +105,9 @@ def test_what_auto_means(monkeypatch, gpu, given, chosen):
     args = choose_devices(Args(**given))
     assert (args.device, args.backend) == chosen and checks._validate_args == (chosen[0] == "cpu")
     assert args.physics == choose_physics("auto", args.backend)
-    assert (args.encoder, args.image_size) == {"cpu": ("small", 64), "cuda": ("resnet18", 84)}[args.device]
-    auto = {"device": "auto", "backend": "auto", "physics": "auto", "encoder": "auto", "image_size": 0}
+    seen = {"cpu": ("small", 64, "state"), "cuda": ("resnet18", 84, "policy")}
+    assert (args.encoder, args.image_size, args.train_encoder) == seen[args.device]
+    auto = {"device": "auto", "backend": "auto", "physics": "auto", "encoder": "auto", "image_size": 0, "train_encoder": "auto"}
     assert dataclasses.replace(args, **auto) == dataclasses.replace(Args(**given), **auto)
     assert choose_devices(args) == args  # so that a resumed run is where it was
 
