@@ -356,7 +356,8 @@ class ChunkPolicy:
         """The next action of each environment, (num_envs, 7) in [-1, 1]. `patterns`, which rollouts command, has no meaning here."""
         due = np.flatnonzero(self.used >= self.execute)
         if len(due):
-            path, _ = self.agent.denoise(to_tensor(obs, self.agent.device)[due], floor=None)
+            seen = self.agent.actor.obs_encoder.look(to_tensor(obs, self.agent.device)[due])  # once for the denoiser and its frozen copy
+            path, _ = self.agent.denoise(seen, floor=None)
             self.chunks[due] = path[:, -1].reshape(-1, *self.agent.shape).clamp(-1, 1).cpu().numpy()
             self.used[due] = 0
         actions = self.chunks[np.arange(len(self.used)), self.used]

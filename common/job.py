@@ -170,10 +170,9 @@ class Job:
         if not isinstance(encoder, StateEstimator):
             return seen
         steps, device = self.args.estimator_steps, encoder.middle.device
+        tick = self.run.ticker("Learn to tell the state", steps, "error {learn_estimator_error:.4f}", each=20)
         torch.manual_seed(self.args.seed + 1)
-        train_estimator(
-            encoder, join(seen, device), steps, self.run.ticker("estimator", steps, "error {learn_estimator_error:.4f}", each=20)
-        )
+        train_estimator(encoder, join(seen, device), steps, tick)
         return [{name: x.cpu().numpy() for name, x in encoder.look(to_tensor(obs, device)).tensors.items()} for obs in seen]
 
     def evaluate(self, policy: Policy, patterns: Sequence[int], stage: str, most: int | None = None) -> tuple[list[dict], list[Episode]]:

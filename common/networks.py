@@ -143,7 +143,7 @@ class ResNet18(nn.Sequential):
 class SmallConvNet(nn.Sequential):
     """Four convolutions that a CPU can train, (N, 3, H, W) -> (N, 32, ceil(H / 8), ceil(W / 8)).
 
-    Asked where things are (`StateEstimator`), all its cells tell it three times as closely as a spatial softmax of them does.
+    Asked where things are (`StateEstimator`), all its cells tell it two to three times as closely as a spatial softmax of them does.
     """
 
     def __init__(self):
@@ -204,10 +204,10 @@ class PixelEncoder(nn.Module):
     def forward(self, obs: TensorDict) -> torch.Tensor:
         """Pictures (N, H, W, 3) uint8 and `proprio` (N, 9) -> (N, size)."""
         features = []
-        for name, (body, *project) in self.pictures.items():
+        for name, net in self.pictures.items():
             with autocast(obs[name].device):
-                cells = torch.cat([body(p.permute(0, 3, 1, 2) / 127.5 - 1.0) for p in obs[name].split(self.PICTURES)])
-            features.append(nn.Sequential(*project)(cells.float()))
+                cells = torch.cat([net[0](p.permute(0, 3, 1, 2) / 127.5 - 1.0) for p in obs[name].split(self.PICTURES)])
+            features.append(net[1:](cells.float()))
         return torch.cat([*features, self.normalizer(obs["proprio"])], dim=-1)
 
     def critic_view(self, obs: TensorDict, features: torch.Tensor | None = None) -> torch.Tensor:
@@ -249,7 +249,7 @@ class StateEstimator(nn.Module):
 
     def estimate(self, obs: TensorDict) -> torch.Tensor:
         """Pictures (N, H, W, 3) uint8 and `proprio` (N, 9) -> states (N, S)."""
-        return self.middle + 0.05 * self.tell(self.encoder(obs))
+        return self.middle + 0.05 * self.tell(self.encoder(obs))  # in units of 5 cm, about what varies
 
     @torch.no_grad()
     def look(self, obs: TensorDict) -> TensorDict:

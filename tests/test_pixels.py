@@ -123,7 +123,7 @@ def with_pictures(plane: type, show_state: bool = False) -> type:
     """A Plane whose observations are a picture of the point and the vectors to its goals as proprioception, and perhaps its state."""
 
     class PixelPlane(plane):
-        single_observation_space = pixel_space(*[plane(num_envs=1, max_steps=1, seed=0).observations().shape[1]] * show_state)
+        single_observation_space = pixel_space(plane(num_envs=1).observations().shape[1] if show_state else 0)
 
         def observations(self):
             state = super().observations()
@@ -137,9 +137,9 @@ def with_pictures(plane: type, show_state: bool = False) -> type:
     return PixelPlane
 
 
-def pixel_space(*states: int) -> gym.spaces.Dict:
-    """Of pictures and proprioception, and of a state of so many numbers."""
-    numbers = {"proprio": 6} | dict(zip(["state"], states, strict=False))
+def pixel_space(states: int = 0) -> gym.spaces.Dict:
+    """Of pictures and proprioception, and of a state of so many numbers, if any."""
+    numbers = {"proprio": 6} | ({"state": states} if states else {})
     boxes = {name: gym.spaces.Box(-np.inf, np.inf, (size,), np.float32) for name, size in numbers.items()}
     return gym.spaces.Dict({"agentview_rgb": gym.spaces.Box(0, 255, (32, 32, 3), np.uint8)} | boxes)
 
