@@ -281,12 +281,16 @@ class Agent(nn.Module):
         self.critic = mlp([obs_encoder.critic_size, args.hidden, args.hidden, 1], out_std=1.0)
 
     @property
+    def obs_encoder(self) -> Normalizer | PixelEncoder:
+        return self.actor.obs_encoder
+
+    @property
     def device(self) -> torch.device:
         return self.alpha_bar.device
 
     def value(self, obs: torch.Tensor | TensorDict) -> torch.Tensor:
         """V of observations (N, ...), (N,). It reads the actor's features and doesn't train them: that would move the policy."""
-        return self.critic(self.actor.obs_encoder.critic_view(obs)).squeeze(-1)
+        return self.critic(self.obs_encoder.critic_view(obs)).squeeze(-1)
 
     def means(self, net: Denoiser, features: torch.Tensor, x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
         """Means of denoising steps i (N, S) from x (N, S, D) by `net`, (N, S, D), given the features (N, size) of its obs_encoder."""
@@ -356,7 +360,7 @@ class ChunkPolicy:
         """The next action of each environment, (num_envs, 7) in [-1, 1]. `patterns`, which rollouts command, has no meaning here."""
         due = np.flatnonzero(self.used >= self.execute)
         if len(due):
-            seen = self.agent.actor.obs_encoder.look(to_tensor(obs, self.agent.device)[due])  # once for the denoiser and its frozen copy
+            seen = self.agent.obs_encoder.look(to_tensor(obs, self.agent.device)[due])  # once for the denoiser and its frozen copy
             path, _ = self.agent.denoise(seen, floor=None)
             self.chunks[due] = path[:, -1].reshape(-1, *self.agent.shape).clamp(-1, 1).cpu().numpy()
             self.used[due] = 0
@@ -395,7 +399,7 @@ def learn(args: Args, agent: Agent, demos: list[np.ndarray | dict], actions: lis
     after `learn_patience` epochs without a better one. `tick(epoch, losses)` is called after each epoch.
     """
     torch.manual_seed(args.seed + 1)
-    agent.actor.obs_encoder.fit(join(demos))
+    agent.obs_encoder.fit(join(demos))
     held_out = np.arange(len(demos)) < (max(1, len(demos) // 10) if len(demos) > 1 else 0)
 
     def tensors(mask):
@@ -564,7 +568,7 @@ class Reinforce(Trainer):
         fallen = min(1.0, 1.5 * progress)  # the last third of the steps is for what isn't done without noise yet
         floor = args.std_start ** (1 - fallen) * args.std_end**fallen
         shape, size = (args.num_steps, env.num_envs), agent.shape[0] * agent.shape[1]
-        look = agent.actor.obs_encoder.look  # of pictures, where an estimator reads them, its estimate is kept
+        look = self.look  # of pictures, where an estimator reads them, its estimate is kept
         seen = look(to_tensor(self.obs, device))
         obs, next_obs = (obs_buffer(args.num_steps, seen) for _ in range(2))
         paths, means = (torch.zeros(*shape, args.finetune_steps + more, size, device=device) for more in (1, 0))
@@ -653,7 +657,7 @@ def main() -> None:
     agent = Agent(args, job.obs_encoder()).to(args.device)
     policy = ChunkPolicy(agent, job.eval_env.num_envs, args.execute)
     if run.stage == "start":
-        demo_obs, actions = job.observed_demos(agent.actor.obs_encoder), [e.actions for e in job.demos]
+        demo_obs, actions = job.observed_demos(agent.obs_encoder), [e.actions for e in job.demos]
         learn(args, agent, demo_obs, actions, run.ticker("Learn", args.learn_epochs, "held-out loss {learn_held_out_loss:.3f}"))
         (row,), _ = job.evaluate(policy, [0], "Learn")
         run.save("learn", agent=agent.state_dict(), learn_success=row["success_rate"])

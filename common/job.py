@@ -18,6 +18,7 @@ from gymnasium.vector import AutoresetMode
 from common import metrics, rollout
 from common.cli import Count, Fraction, NotNegative, Range, UserError, check_ranges
 from common.data import Episode, read_attrs, read_episodes
+from common.estimator import HandState, LearnOn, StateEstimator, learn_to_estimate, make_estimator
 from common.libero import Task, load_task, make_env
 from common.libero.assets import assets_like
 from common.libero.env import LiberoVectorEnv
@@ -26,7 +27,7 @@ from common.libero.make import choose_backend, choose_physics
 from common.libero.observation import StateObservation, observe_states
 from common.libero.pixels import PixelEnv
 from common.libero.tasks import find_human_demos
-from common.networks import CONVOLUTIONS, Normalizer, PixelEncoder, StateEstimator, make_obs_encoder, train_estimator
+from common.networks import CONVOLUTIONS, Normalizer, PixelEncoder, make_obs_encoder
 from common.rollout import Policy
 from common.runs import Progress, Run, choose_device, read_config, rng_state, set_rng_state
 from common.suites import canonical
@@ -88,6 +89,8 @@ class JobArgs:
     simulator's state, which the policy then acts on (auto: state on a CPU)"""
     estimator_steps: Count = 1000
     """gradient steps of an encoder that tells the state"""
+    estimator_updates: Annotated[int, Range(0)] = 64
+    """and after each rollout, on the pictures that rollouts met (0: none)"""
     near_field: NotNegative = 0.03
     """with states, metres within which relative positions are shown in detail, beside the standardised state (0: not)"""
     critic: Literal["features", "state"] = "features"
@@ -172,7 +175,7 @@ class Job:
         steps, device = self.args.estimator_steps, encoder.middle.device
         tick = self.run.ticker("Learn to tell the state", steps, "error {learn_estimator_error:.4f}", each=20)
         torch.manual_seed(self.args.seed + 1)
-        train_estimator(encoder, join(seen, device), steps, tick)
+        learn_to_estimate(encoder, join(seen, device), steps, tick)
         return [{name: x.cpu().numpy() for name, x in encoder.look(to_tensor(obs, device)).tensors.items()} for obs in seen]
 
     def evaluate(self, policy: Policy, patterns: Sequence[int], stage: str, most: int | None = None) -> tuple[list[dict], list[Episode]]:
@@ -277,7 +280,7 @@ def gaps(per_pattern: Sequence[dict], trained: Sequence[float]) -> list[str]:
 class Trainer:
     """What PPO's trainers share that is not PPO: how far they are, and all that an exact continuation needs.
 
-    Subclasses have an optimizer, and name in `parts` what else of theirs has a state dict.
+    Subclasses have an optimizer, and name in `parts` what else of theirs has a state dict. They pass observations through `look`.
     """
 
     parts: tuple[str, ...] = ("agent", "optimizer")
@@ -286,6 +289,10 @@ class Trainer:
         self.args, self.env, self.agent, self.alive = args, env, agent, np.arange(num_patterns)
         self.outcomes = [deque(maxlen=50) for _ in range(num_patterns)]  # success of the last episodes of each pattern
         self.looked = 0  # when it was last seen whether training can stop
+        self.look, self.learn_on = agent.obs_encoder.look, None
+        if isinstance(agent.obs_encoder, StateEstimator) and args.estimator_updates:
+            self.learn_on = LearnOn(agent.obs_encoder)
+            self.look, self.parts = self.learn_on.look, (*self.parts, "learn_on")
         self.num_iterations = max(1, args.total_steps // (args.num_steps * env.num_envs))
         self.iteration = 0
         self.history: list[list[float]] = []  # environment steps, then success (of each pattern)
@@ -314,7 +321,10 @@ class Trainer:
         if self.args.physics != "exact":  # poses of what sleeps may be one physics step old: be where a resumed run would be
             self.env.restore(self.env.snapshot())
             self.obs = self.env.observations()
-        return self.iterate()
+        logs = self.iterate()
+        if self.learn_on:  # after PPO, whose ratio is of policies that see one estimate; before it has met the ends of episodes, it waits
+            logs |= self.learn_on.update(self.args.estimator_updates if self.settled else 0)
+        return logs
 
     def iterate(self) -> dict[str, float]:
         raise NotImplementedError
@@ -408,7 +418,10 @@ def load_demos(
 
 def obs_encoder(args: JobArgs, space: gym.Space, task: Task) -> Normalizer | PixelEncoder | StateEstimator:
     """A new encoder of what an environment of `task` shows, its `single_observation_space`."""
-    return make_obs_encoder(space, args.encoder, StateObservation(task).relative, args.near_field, args.train_encoder == "state")
+    observe = StateObservation(task)
+    if args.obs == "pixels" and args.train_encoder == "state":
+        return make_estimator(space, args.encoder, observe.relative, args.near_field, HandState(observe))
+    return make_obs_encoder(space, args.encoder, observe.relative, args.near_field)
 
 
 def observe_demos(env: LiberoVectorEnv, demos: Sequence[Episode], progress: Progress) -> list:

@@ -220,87 +220,17 @@ class PixelEncoder(nn.Module):
         return features.detach()
 
 
-class StateEstimator(nn.Module):
-    """The simulator's state, as pictures and proprioception tell it; a policy that acts on it is one of states, with its `view` of them.
-
-    Convolutions that clone few demonstrations learn these by heart; pictures shifted at random prevent that, and leave them in doubt of
-    where things are. Asked where things are, they learn it in a minute, and a few numbers a picture leave little to learn by heart. The
-    simulator's state is known in training only (as in Pinto et al. 2018). docs/pixels.md has the numbers.
-
-    `train_estimator` fits it; it stays, so `look` puts its estimate in the place of the pictures: each is worked on once.
-    """
-
-    def __init__(self, encoder: PixelEncoder, view: Normalizer):
-        """`encoder` of pictures and proprioception, `view` of states."""
-        super().__init__()
-        self.encoder, self.view, self.size, self.critic_size = encoder, view, view.size, encoder.critic_size
-        states = len(view.mean)
-        self.tell = nn.Sequential(nn.ReLU(), layer_init(nn.Linear(encoder.size, 128)), nn.ReLU(), layer_init(nn.Linear(128, states), 0.01))
-        self.register_buffer("middle", torch.zeros(states))
-
-    def fit(self, obs: TensorDict) -> StateEstimator:
-        """Standardise estimates by those of `obs`, which `look` has seen."""
-        self.view.fit(obs["estimate"])
-        return self
-
-    def augment(self, obs: TensorDict, noise: float) -> TensorDict:
-        """`obs` with noise on estimates, see `Normalizer.augment`."""
-        return TensorDict(obs.tensors | {"estimate": self.view.augment(obs["estimate"], noise)})
-
-    def estimate(self, obs: TensorDict) -> torch.Tensor:
-        """Pictures (N, H, W, 3) uint8 and `proprio` (N, 9) -> states (N, S)."""
-        return self.middle + 0.05 * self.tell(self.encoder(obs))  # in units of 5 cm, about what varies
-
-    @torch.no_grad()
-    def look(self, obs: TensorDict) -> TensorDict:
-        """What training keeps of observations (N, ...): the estimate in the place of the pictures."""
-        rest = {name: x for name, x in obs.tensors.items() if name not in self.encoder.pictures}
-        return TensorDict(rest | {"estimate": self.estimate(obs)})
-
-    def forward(self, obs: TensorDict) -> torch.Tensor:
-        """Observations, or what `look` made of them -> (N, size)."""
-        return self.view(obs["estimate"] if "estimate" in obs.tensors else self.estimate(obs))
-
-    def critic_view(self, obs: TensorDict, features: torch.Tensor | None = None) -> torch.Tensor:
-        """What the critic sees, (N, critic_size): the state itself."""
-        return self.encoder.critic_view(obs)
-
-
-def train_estimator(estimator: StateEstimator, obs: TensorDict, steps: int, tick: Callable) -> None:
-    """Fit it to `obs` (N, ...), among them the `state` (N, S), by `steps` gradient steps. `tick(step, losses)` is called every 20.
-
-    The loss is L1 beyond half a centimetre (or 0.005 of a rotation's entries): what a picture can't show, like the turn of a round bowl,
-    doesn't drown the rest. Pictures are shifted by a pixel at most: shifts by four leave centimetres of doubt.
-    """
-    estimator.encoder.fit(obs)
-    estimator.middle.copy_(obs["state"].mean(0))
-    parameters = [*estimator.encoder.parameters(), *estimator.tell.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=5e-5)
-    for step in range(steps):
-        batch = obs[torch.randint(len(obs), (128,), device=obs["state"].device)]
-        error = estimator.estimate(random_shift(batch, pad=1)) - batch["state"]
-        loss = nn.functional.smooth_l1_loss(100 * error, torch.zeros_like(error), beta=0.5)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % 20 == 0:
-            tick(step, {"learn/estimator_loss": loss.item(), "learn/estimator_error": error.abs().median().item()})
-
-
 def make_obs_encoder(
-    space: gym.Space, net: str = "resnet18", near: Sequence[int] = (), near_field: float = 0.0, estimate: bool = False
-) -> Normalizer | PixelEncoder | StateEstimator:
+    space: gym.Space, net: str = "resnet18", near: Sequence[int] = (), near_field: float = 0.0
+) -> Normalizer | PixelEncoder:
     """What turns an environment's observations (its `single_observation_space`) into (N, encoder.size) features; pictures by `net`, of
-    states, also of those that pictures let it `estimate`, the columns `near` also in detail within `near_field` of 0 (0: without).
+    states the columns `near` also in detail within `near_field` of 0 (0: without).
 
     Its `fit` takes the statistics of demonstrations, its `augment` varies observations for behaviour cloning, its `critic_view` is what
     V sees.
     """
     if isinstance(space, gym.spaces.Dict):
-        encoder = PixelEncoder(space, net)
-        return StateEstimator(encoder, make_obs_encoder(space["state"], net, near, near_field)) if estimate else encoder
+        return PixelEncoder(space, net)
     return NearField(space.shape[0], near, near_field) if near_field else Normalizer(space.shape[0])
 
 
