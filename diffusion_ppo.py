@@ -568,7 +568,7 @@ class Reinforce(Trainer):
         fallen = min(1.0, 1.5 * progress)  # the last third of the steps is for what isn't done without noise yet
         floor = args.std_start ** (1 - fallen) * args.std_end**fallen
         shape, size = (args.num_steps, env.num_envs), agent.shape[0] * agent.shape[1]
-        look = self.look  # of pictures, where an estimator reads them, its estimate is kept
+        look = agent.obs_encoder.look  # of pictures, where an estimator reads them, its estimate is kept
         seen = look(to_tensor(self.obs, device))
         obs, next_obs = (obs_buffer(args.num_steps, seen) for _ in range(2))
         paths, means = (torch.zeros(*shape, args.finetune_steps + more, size, device=device) for more in (1, 0))

@@ -686,7 +686,7 @@ class Reinforce(Trainer):
             agent.log_std.fill_(math.log(std))
             self.reference.log_std.fill_(math.log(std))
         shape = (args.num_steps, env.num_envs)
-        look = self.look  # of pictures, where an estimator reads them, its estimate is kept
+        look = agent.obs_encoder.look  # of pictures, where an estimator reads them, its estimate is kept
         seen = look(to_tensor(self.obs, device))
         obs, next_obs = (obs_buffer(args.num_steps, seen) for _ in range(2))
         actions, means = (torch.zeros(*shape, 7, device=device) for _ in range(2))

@@ -11,7 +11,7 @@ from torch import nn
 
 from common.libero.observation import StateObservation
 from common.networks import Normalizer, PixelEncoder, layer_init, make_obs_encoder, random_shift
-from common.tensors import TensorDict, concatenate
+from common.tensors import TensorDict
 
 
 class HandState(nn.Module):
@@ -58,8 +58,7 @@ class StateEstimator(nn.Module):
     where things are. Asked where things are, they learn it in minutes, and a few numbers a picture leave little to learn by heart. The
     simulator's state is known in training only (as in Pinto et al. 2018). docs/pixels.md has the numbers.
 
-    `learn_to_estimate` fits it to demonstrations, and `LearnOn` to what the policy met, between PPO's iterations. The policy's gradient
-    never reaches it, so `look` puts its estimate in the place of the pictures: each is worked on once.
+    `learn_to_estimate` fits it; it stays, so `look` puts its estimate in the place of the pictures: each is worked on once.
     """
 
     def __init__(self, encoder: PixelEncoder, view: Normalizer, hand: HandState | None = None):
@@ -137,62 +136,3 @@ def learn_to_estimate(estimator: StateEstimator, obs: TensorDict, steps: int, ti
         schedule.step()
         if step % 20 == 0:
             tick(step, {"learn/estimator_loss": loss.item(), "learn/estimator_error": error.item()})
-
-
-class LearnOn:
-    """An estimator learns on from pictures and states that a policy meets: layouts that no demonstration has, where the policy goes.
-
-    Half of a minibatch is of the last rollout, half of a memory of all: environments begin together, so that one rollout holds the
-    first steps of episodes and the next one the last, and an estimator that learns from one at a time forgets the others.
-    """
-
-    MEMORY = 16384  # observations: 200 MB of pictures of 64 x 64
-    BATCH = 128
-
-    def __init__(self, estimator: StateEstimator):
-        self.estimator, self.optimizer = estimator, torch.optim.Adam(estimator.parameters(), lr=1e-4)
-        self.met: list[TensorDict] = []  # in this rollout
-        self.memory: TensorDict | None = None  # a fair sample of all
-        self.number = 0  # of all
-
-    def look(self, obs: TensorDict) -> TensorDict:
-        """The estimator's, of observations that it will learn on from."""
-        self.met.append(obs)
-        return self.estimator.look(obs)
-
-    def update(self, steps: int) -> dict[str, float]:
-        """So many gradient steps; how far the estimate was off, to log. Without steps, observations are kept for later."""
-        fresh, self.met, rows = concatenate(self.met), [], []
-        sources = [fresh, self.memory or fresh]
-        for _ in range(steps):
-            batch = concatenate([x[torch.randint(len(x), (self.BATCH // 2,), device=x["state"].device)] for x in sources])
-            loss, error = self.estimator.loss(batch)
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-            rows.append(torch.stack([loss.detach(), error]))
-        self.optimizer.zero_grad()  # or PPO's would step, too
-        self.remember(fresh)
-        if not rows:
-            return {}
-        loss, error = torch.stack(rows).mean(0).tolist()
-        return {"losses/estimator_loss": loss, "losses/estimator_error": error}
-
-    def remember(self, fresh: TensorDict) -> None:
-        """Put as many of a rollout's observations into the memory as are its share of all, in the place of others."""
-        self.number += len(fresh)
-        chosen = torch.randperm(len(fresh))[: max(1, round(len(fresh) * min(1.0, self.MEMORY / self.number)))]
-        if self.memory is None:
-            self.memory = fresh[chosen]
-        else:
-            kept = torch.randperm(len(self.memory))[: self.MEMORY - len(chosen)]
-            self.memory = concatenate([self.memory[kept], fresh[chosen]])
-
-    def state_dict(self) -> dict:
-        """Everything that what it learns depends on, beside the estimator."""
-        return {"optimizer": self.optimizer.state_dict(), "number": self.number, "memory": self.memory.tensors if self.memory else {}}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.number, device = state["number"], self.estimator.middle.device
-        self.memory = TensorDict({name: x.to(device) for name, x in state["memory"].items()}) if state["memory"] else None

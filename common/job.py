@@ -18,7 +18,7 @@ from gymnasium.vector import AutoresetMode
 from common import metrics, rollout
 from common.cli import Count, Fraction, NotNegative, Range, UserError, check_ranges
 from common.data import Episode, read_attrs, read_episodes
-from common.estimator import HandState, LearnOn, StateEstimator, learn_to_estimate, make_estimator
+from common.estimator import HandState, StateEstimator, learn_to_estimate, make_estimator
 from common.libero import Task, load_task, make_env
 from common.libero.assets import assets_like
 from common.libero.env import LiberoVectorEnv
@@ -89,8 +89,6 @@ class JobArgs:
     simulator's state, which the policy then acts on (auto: state on a CPU)"""
     estimator_steps: Count = 1000
     """gradient steps of an encoder that tells the state"""
-    estimator_updates: Annotated[int, Range(0)] = 64
-    """and after each rollout, on the pictures that rollouts met (0: none)"""
     near_field: NotNegative = 0.03
     """with states, metres within which relative positions are shown in detail, beside the standardised state (0: not)"""
     critic: Literal["features", "state"] = "features"
@@ -280,7 +278,7 @@ def gaps(per_pattern: Sequence[dict], trained: Sequence[float]) -> list[str]:
 class Trainer:
     """What PPO's trainers share that is not PPO: how far they are, and all that an exact continuation needs.
 
-    Subclasses have an optimizer, and name in `parts` what else of theirs has a state dict. They pass observations through `look`.
+    Subclasses have an optimizer, and name in `parts` what else of theirs has a state dict.
     """
 
     parts: tuple[str, ...] = ("agent", "optimizer")
@@ -289,10 +287,6 @@ class Trainer:
         self.args, self.env, self.agent, self.alive = args, env, agent, np.arange(num_patterns)
         self.outcomes = [deque(maxlen=50) for _ in range(num_patterns)]  # success of the last episodes of each pattern
         self.looked = 0  # when it was last seen whether training can stop
-        self.look, self.learn_on = agent.obs_encoder.look, None
-        if isinstance(agent.obs_encoder, StateEstimator) and args.estimator_updates:
-            self.learn_on = LearnOn(agent.obs_encoder)
-            self.look, self.parts = self.learn_on.look, (*self.parts, "learn_on")
         self.num_iterations = max(1, args.total_steps // (args.num_steps * env.num_envs))
         self.iteration = 0
         self.history: list[list[float]] = []  # environment steps, then success (of each pattern)
@@ -321,10 +315,7 @@ class Trainer:
         if self.args.physics != "exact":  # poses of what sleeps may be one physics step old: be where a resumed run would be
             self.env.restore(self.env.snapshot())
             self.obs = self.env.observations()
-        logs = self.iterate()
-        if self.learn_on:  # after PPO, whose ratio is of policies that see one estimate; before it has met the ends of episodes, it waits
-            logs |= self.learn_on.update(self.args.estimator_updates if self.settled else 0)
-        return logs
+        return self.iterate()
 
     def iterate(self) -> dict[str, float]:
         raise NotImplementedError

@@ -46,11 +46,6 @@ def join(obs: Sequence[np.ndarray] | Sequence[dict[str, np.ndarray]], device: to
     return torch.as_tensor(np.concatenate(obs), device=device)
 
 
-def concatenate(batches: Sequence[TensorDict]) -> TensorDict:
-    """Batches of pictures and proprioception as one."""
-    return TensorDict({name: torch.cat([batch[name] for batch in batches]) for name in batches[0].tensors})
-
-
 def obs_buffer(num_steps: int, obs: torch.Tensor | TensorDict) -> torch.Tensor | TensorDict:
     """Zeros in which `num_steps` batches of observations like `obs` find room, (num_steps, num_envs, ...)."""
     if isinstance(obs, TensorDict):
