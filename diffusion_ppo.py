@@ -569,6 +569,8 @@ class Reinforce(Trainer):
         floor = args.std_start ** (1 - fallen) * args.std_end**fallen
         shape, size = (args.num_steps, env.num_envs), agent.shape[0] * agent.shape[1]
         look = agent.obs_encoder.look  # of pictures, where an estimator reads them, its estimate is kept
+        # where the critic sees the state, pictures are only drawn where the policy begins a chunk
+        sparing = isinstance(self.obs, dict) and "state" in self.obs
         seen = look(to_tensor(self.obs, device))
         obs, next_obs = (obs_buffer(args.num_steps, seen) for _ in range(2))
         paths, means = (torch.zeros(*shape, args.finetune_steps + more, size, device=device) for more in (1, 0))
@@ -584,12 +586,15 @@ class Reinforce(Trainer):
                     paths[t, due], means[t, due] = denoise(agent, obs[t, due], floor)
                     chunks[due] = paths[t, due, -1].reshape(-1, *agent.shape).clamp(-1, 1).cpu().numpy()
                     decided[t, due], used[due] = 1.0, 0
-                self.obs, reward, term, trunc, info = env.step(chunks[np.arange(env.num_envs), used])
+                begins = (used + 1 >= args.execute) | (t + 1 == args.num_steps)
+                drawing = {"draw": begins} if sparing else {}
+                self.obs, reward, term, trunc, info = env.step(chunks[np.arange(env.num_envs), used], **drawing)
                 ended = term | trunc
                 used = np.where(ended, args.execute, used + 1)
-                next_obs[t] = seen = look(to_tensor(self.obs, device))
+                next_obs[t] = seen = look(to_tensor(self.obs, device), np.flatnonzero(begins | ended) if sparing else None)
                 if ended.any():
-                    next_obs[t, ended] = look(to_tensor(info["final_obs"], device)[ended])
+                    last = to_tensor(info["final_obs"], device)[ended]
+                    next_obs[t, ended] = look(last, np.array([], int) if sparing else None)
                 rewards[t], terminated[t], done[t] = (torch.as_tensor(x.astype(np.float32)) for x in (reward, term, ended))
                 self.outcomes[0].extend(term[ended].astype(float))
                 lengths += list(info["final_length"][ended]) if ended.any() else []

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import gymnasium as gym
 import mujoco
+import numpy as np
 import torch
 from torch import nn
 
@@ -90,10 +91,16 @@ class StateEstimator(nn.Module):
         return self.known(obs) + self.rest * told
 
     @torch.no_grad()
-    def look(self, obs: TensorDict) -> TensorDict:
-        """What training keeps of observations (N, ...): the estimate in the place of the pictures."""
+    def look(self, obs: TensorDict, rows: np.ndarray | None = None) -> TensorDict:
+        """What training keeps of observations (N, ...): the estimate in the place of the pictures; of `rows` (n,) alone, if given, and NaN
+        elsewhere."""
         rest = {name: x for name, x in obs.tensors.items() if name not in self.encoder.pictures}
-        return TensorDict(rest | {"estimate": self.estimate(obs)})
+        if rows is None:
+            return TensorDict(rest | {"estimate": self.estimate(obs)})
+        estimate = torch.full((len(obs), len(self.middle)), torch.nan, device=self.middle.device)
+        if len(rows):
+            estimate[rows] = self.estimate(obs[rows])
+        return TensorDict(rest | {"estimate": estimate})
 
     def loss(self, obs: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
         """Of observations with the `state` (N, S): what training minimises, and the median error (m, or a rotation's entries).

@@ -69,8 +69,8 @@ class Normalizer(nn.Module):
         """`x` (N, size) with Gaussian noise of `noise` standard deviations."""
         return x + noise * self.std * torch.randn_like(x)
 
-    def look(self, obs: torch.Tensor) -> torch.Tensor:
-        """What training keeps of observations: all."""
+    def look(self, obs: torch.Tensor, rows: np.ndarray | None = None) -> torch.Tensor:
+        """What training keeps of observations: all. (`rows` are for an encoder that works on them here.)"""
         return obs
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -197,8 +197,8 @@ class PixelEncoder(nn.Module):
         """`obs` with pictures shifted at random and proprioception with noise, see `Normalizer.augment`."""
         return TensorDict(random_shift(obs).tensors | {"proprio": self.normalizer.augment(obs["proprio"], noise)})
 
-    def look(self, obs: TensorDict) -> TensorDict:
-        """What training keeps of observations (N, ...): all."""
+    def look(self, obs: TensorDict, rows: np.ndarray | None = None) -> TensorDict:
+        """What training keeps of observations (N, ...): all. (`rows` are for an encoder that works on them here.)"""
         return obs
 
     def forward(self, obs: TensorDict) -> torch.Tensor:

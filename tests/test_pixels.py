@@ -98,6 +98,34 @@ def test_pixel_env_shows_what_the_renderer_draws(drawer_task):
     assert env.unwrapped.task is drawer_task and env.max_steps == 2 and env.obs_layout == plain.obs_layout
 
 
+def test_pixel_env_draws_what_is_asked_for_and_new(drawer_task, monkeypatch):
+    """Black elsewhere; new episodes always; what is idle, or was not reset, keeps its picture without drawing."""
+    env = make_env(drawer_task, 3, seed=0, obs="pixels", image_size=32, settle_steps=0, max_steps=2, show_state=True)
+    render, drawn = env.pixels.renderer.render, []
+    monkeypatch.setattr(env.pixels.renderer, "render", lambda qpos: drawn.append(len(qpos)) or render(qpos))
+
+    def check(obs, shown):
+        assert [bool(picture.any()) for picture in obs["agentview_rgb"]] == shown
+        truth = render(env.get_state()[:, 1 : 1 + drawer_task.model.nq])["agentview"][:, ::-1]
+        np.testing.assert_array_equal(obs["agentview_rgb"][shown], truth[shown])
+        np.testing.assert_array_equal(obs["proprio"], env.pixels(env.get_state(), pictures=False)["proprio"])
+        np.testing.assert_array_equal(obs["state"], env.env.observations())
+
+    rng = np.random.default_rng(0)
+    env.reset(seed=3)
+    obs = env.step(rng.uniform(-1, 1, (3, 7)), draw=np.array([True, False, False]))[0]
+    check(obs, [True, False, False])
+    check(env.observations(), [True, True, True])
+    assert sum(drawn) == 3 + 1 + 2
+    obs, _, _, truncated, info = env.step(rng.uniform(-1, 1, (3, 7)), draw=np.zeros(3, bool))
+    assert truncated.all() and not info["final_obs"]["agentview_rgb"].any()
+    check(obs, [True, True, True])
+    drawn.clear()
+    check(env.step(rng.uniform(-1, 1, (3, 7)), np.array([False, True, False]))[0], [True, True, True])
+    check(env.reset(options={"reset_mask": np.array([False, False, True])})[0], [True, True, True])
+    assert sum(drawn) == 1 + 1
+
+
 def test_demonstrations_are_seen_as_by_the_environment(drawer_task, demos):
     episode = read_episodes(demos, drawer_task)[0]
     env = make_env(drawer_task, 1, obs="pixels", image_size=32, autoreset_mode=AutoresetMode.DISABLED)
@@ -135,6 +163,14 @@ def with_pictures(plane: type, show_state: bool = False) -> type:
                 view[row : row + 5, column : column + 5] = (250, 200, 20)
             seen = {"agentview_rgb": views, "proprio": np.resize(state[:, 2:].T, (6, self.num_envs)).T.copy()}
             return seen | {"state": state} if show_state else seen
+
+        def step(self, actions, draw=None):
+            obs, *flags, info = super().step(actions)
+            if draw is not None:
+                obs["agentview_rgb"][~(draw | flags[1] | flags[2])] = 0
+                if "final_obs" in info:
+                    info["final_obs"]["agentview_rgb"] = np.zeros_like(obs["agentview_rgb"])
+            return obs, *flags, info
 
     return PixelPlane
 
@@ -209,7 +245,11 @@ def test_pictures_are_worked_on_once_where_an_estimator_reads_them(script, monke
     assert logs["losses/ratio"] == pytest.approx(1.0, abs=1e-4) and logs["losses/updates"] == 1
     (batch,) = (x for x in batches if isinstance(x, dict))
     assert sorted(batch["obs"].tensors) == ["estimate", "proprio", "state"]
-    assert sum(encoded) == 4 * 7 + 4  # what six steps return, what came before, and the four last pictures of episodes
+    if script is diffusion_ppo:  # chunks of two actions: where they begin, and what the last step returns
+        assert sum(encoded) == 4 * 4
+    else:  # what six steps return, what came before, and the four last pictures of episodes
+        assert sum(encoded) == 4 * 7 + 4
+    assert not any(x.isnan().any() for x in batch["obs"].tensors.values())
     obs = to_tensor(trainer.env.observations())
     with torch.no_grad():
         assert torch.equal(agent.obs_encoder(agent.obs_encoder.look(obs)), agent.obs_encoder(obs))

@@ -42,17 +42,18 @@ class PixelObservation:
         self.bytes = 3 * len(cameras) * 3 * image_size**2  # of an environment's: as drawn, as turned, and those of the step before
         self.space = gym.spaces.Dict({name: picture for name in self.names.values()} | {"proprio": proprio})
 
-    def __call__(self, states: np.ndarray) -> dict[str, np.ndarray]:
-        """States (B, 1 + nq + nv) -> pictures (B, image_size, image_size, 3) and proprio (B, 9)."""
+    def __call__(self, states: np.ndarray, pictures: bool = True) -> dict[str, np.ndarray]:
+        """States (B, 1 + nq + nv) -> pictures (B, image_size, image_size, 3), black ones without `pictures`, and proprio (B, 9)."""
         qpos = states[:, 1 : 1 + self.task.model.nq]
-        pictures = self.renderer.render(qpos)
+        shape = (len(states), self.renderer.height, self.renderer.width, 3)
+        drawn = self.renderer.render(qpos) if pictures else dict.fromkeys(self.names, np.zeros(shape, np.uint8))
         proprio = np.empty((len(states), sum(PROPRIO.values())), np.float32)
         for row, q in zip(proprio, qpos, strict=True):
             self.data.qpos[:] = q
             mujoco.mj_kinematics(self.task.model, self.data)
             sensed = proprioception(self.task, self.data)
             row[:] = np.concatenate([sensed[name] for name in PROPRIO])
-        return {name: pictures[camera][:, ::-1].copy() for camera, name in self.names.items()} | {"proprio": proprio}
+        return {name: drawn[camera][:, ::-1].copy() for camera, name in self.names.items()} | {"proprio": proprio}
 
     def of_worlds(self, env: LiberoWarpEnv) -> dict[str, torch.Tensor]:
         """The same of a Warp environment's current states, as tensors that never leave its device."""
@@ -65,6 +66,8 @@ class PixelEnv(Wrapper):
     """A LIBERO vector environment whose observations are `PixelObservation`'s; everything else is the wrapped environment's.
 
     With `show_state` they also have its `state`, for a critic that may see what the policy may not.
+
+    A picture of what has not changed since the last one (an environment that is idle, or was not reset) is not drawn again.
 
     Observations are numpy arrays; of an environment on Warp, torch tensors on its device (with the renderer "warp").
     `device`: the ray tracer's.
@@ -82,26 +85,40 @@ class PixelEnv(Wrapper):
         state = {"state": env.single_observation_space} if show_state else {}
         self.single_observation_space = gym.spaces.Dict(self.pixels.space.spaces | state)
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, env.num_envs)
+        self._drawn: np.ndarray | None = None  # (num_envs, 1 + nq + nv) the states that `_seen` shows, NaN where it shows none
+        self._seen: dict[str, np.ndarray] = {}
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         _, info = self.env.reset(seed=seed, options=options)
         return self.observations(), info
 
-    def step(self, actions, active: np.ndarray | None = None):
+    def step(self, actions, active: np.ndarray | None = None, draw: np.ndarray | None = None):
+        """As the environment's. Environments (num_envs,) out of `draw` show black pictures, unless a new episode begins there; so do the
+        last pictures of all episodes then. On Warp everything is drawn."""
         _, reward, terminated, truncated, info = self.env.step(actions, active)
-        observations = self.observations()
+        observations = self.observations(None if draw is None else draw | (terminated | truncated))
         if "final_obs" in info:  # an autoreset has put the next episodes' states in the place of the last ones
             final_state = info["final_obs"]
             ended, states = (np.asarray(torch.as_tensor(info[name]).cpu()) for name in ("_final_obs", "final_states"))
             info["final_obs"] = copy.deepcopy(observations)
-            for name, x in self.pixels(states[ended]).items():
+            for name, x in self.pixels(states[ended], pictures=draw is None or self.stays).items():
                 values = info["final_obs"][name]
                 values[ended] = torch.as_tensor(x, device=values.device) if self.stays else x
             if self.show_state:
                 info["final_obs"]["state"] = final_state
         return observations, reward, terminated, truncated, info
 
-    def observations(self) -> dict[str, np.ndarray] | dict[str, torch.Tensor]:
-        """Pictures and proprioception of the current states, (num_envs, ...) each."""
-        seen = self.pixels.of_worlds(self.env) if self.stays else self.pixels(self.env.get_state())
+    def observations(self, draw: np.ndarray | None = None) -> dict[str, np.ndarray] | dict[str, torch.Tensor]:
+        """Pictures (black out of `draw` (num_envs,), if given) and proprioception of the current states, (num_envs, ...) each."""
+        seen = self.pixels.of_worlds(self.env) if self.stays else self._look(self.env.get_state(), draw)
         return seen | {"state": self.env.observations()} if self.show_state else seen
+
+    def _look(self, states: np.ndarray, draw: np.ndarray | None) -> dict[str, np.ndarray]:
+        if self._drawn is None:
+            self._drawn, self._seen = np.full_like(states, np.nan), self.pixels(states, pictures=False)
+        changed = (states != self._drawn).any(1)
+        for rows, pictures in ((changed, True),) if draw is None else ((changed & draw, True), (changed & ~draw, False)):
+            for name, x in self.pixels(states[rows], pictures).items():
+                self._seen[name][rows] = x
+            self._drawn[rows] = states[rows] if pictures else np.nan
+        return {name: x.copy() for name, x in self._seen.items()}
