@@ -70,7 +70,6 @@ class StateEstimator(nn.Module):
         self.tell = nn.Sequential(nn.ReLU(), layer_init(nn.Linear(encoder.size, 128)), nn.ReLU(), layer_init(nn.Linear(128, states), 0.01))
         self.log_scale = nn.Parameter(torch.zeros(states))  # of the error of each number, cm
         self.register_buffer("middle", torch.zeros(states))
-        self.register_buffer("rest", hand.rest.clone() if hand else torch.ones(states))
 
     def fit(self, obs: TensorDict) -> StateEstimator:
         """Standardise estimates by those of `obs`, which `look` has seen."""
@@ -80,6 +79,11 @@ class StateEstimator(nn.Module):
     def augment(self, obs: TensorDict, noise: float) -> TensorDict:
         """`obs` with noise on estimates, see `Normalizer.augment`."""
         return TensorDict(obs.tensors | {"estimate": self.view.augment(obs["estimate"], noise)})
+
+    @property
+    def rest(self) -> torch.Tensor:
+        """(S,) 0 where proprioception says all."""
+        return self.hand.rest if self.hand else torch.ones_like(self.middle)
 
     def known(self, obs: TensorDict) -> torch.Tensor:
         """What proprioception alone says of the states, (N, S)."""
@@ -94,13 +98,14 @@ class StateEstimator(nn.Module):
     def look(self, obs: TensorDict, rows: np.ndarray | None = None) -> TensorDict:
         """What training keeps of observations (N, ...): the estimate in the place of the pictures; of `rows` (n,) alone, if given, and NaN
         elsewhere."""
-        rest = {name: x for name, x in obs.tensors.items() if name not in self.encoder.pictures}
         if rows is None:
-            return TensorDict(rest | {"estimate": self.estimate(obs)})
-        estimate = torch.full((len(obs), len(self.middle)), torch.nan, device=self.middle.device)
-        if len(rows):
-            estimate[rows] = self.estimate(obs[rows])
-        return TensorDict(rest | {"estimate": estimate})
+            estimate = self.estimate(obs)
+        else:
+            estimate = torch.full((len(obs), len(self.middle)), torch.nan, device=self.middle.device)
+            if len(rows):
+                estimate[rows] = self.estimate(obs[rows])
+        kept = {name: x for name, x in obs.tensors.items() if name not in self.encoder.pictures}
+        return TensorDict(kept | {"estimate": estimate})
 
     def loss(self, obs: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
         """Of observations with the `state` (N, S): what training minimises, and the median error (m, or a rotation's entries).

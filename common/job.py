@@ -398,7 +398,8 @@ def load_demos(
 
         num_demos = DEMOS_PER_GOAL * len(task.goal) if num_demos is None else num_demos
         progress.say(f"demonstrations: {num_demos} scripted, action noise {noise}")
-        return load_or_collect(task, num_demos, seed=seed, noise=noise), "scripted"
+        progress.stage("demonstrations", num_demos)
+        return load_or_collect(task, num_demos, seed=seed, noise=noise, progress=progress.update), "scripted"
     episodes = [e for e in read_episodes(path, task, filter_key=filter_key, judge=functools.partial(goal_reached, task)) if e.success]
     if not episodes:
         raise UserError(f"{path} holds no successful demonstration to learn from")

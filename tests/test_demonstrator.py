@@ -290,7 +290,9 @@ def replay(task, episode) -> tuple[list[bool], np.ndarray]:
 
 
 def test_demonstrations_succeed_replay_and_do_not_depend_on_the_batch(pulling):
-    episodes = collect(pulling, 2, seed=3, num_envs=2, replayable=True, progress=False)
+    ticks = []
+    episodes = collect(pulling, 2, seed=3, num_envs=2, replayable=True, progress=ticks.append)
+    assert sum(ticks) == 2
     again = collect(pulling, 2, seed=3, num_envs=1, replayable=True, progress=False)
     for episode, other in zip(episodes, again, strict=True):
         assert episode.success and 20 < episode.length < 150

@@ -5,8 +5,9 @@ from __future__ import annotations
 import heapq
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -30,7 +31,7 @@ def collect(
     keep_failures: bool = False,
     init_states: Sequence[int] | None = None,
     replayable: bool = False,
-    progress: bool = True,
+    progress: bool | Callable[[int], Any] = True,
     physics: str = "exact",
 ) -> list[Episode]:
     """Let the demonstrator do a task until there are `num_episodes` successful episodes, equally many of each strategy.
@@ -44,6 +45,7 @@ def collect(
         keep_failures: take the first attempts, successful or not.
         init_states: official init states; the k-th attempt starts from the k-th, cyclically. Default: training states.
         replayable: start as a replay does, so that from an episode's first state its actions alone reach success (see `perform`).
+        progress: show a bar in a terminal; or a function that is called with how many more are done.
         physics: exact, or sleep or coarse (faster; see `make_env`).
 
     Returns episodes in the order (round, strategy). Their attrs: strategy (name), strategy_index, init_state (-1 for a
@@ -72,20 +74,27 @@ def collect(
         launched[s] += 1
         return Attempt((s, k), repertoire[s], [seed, s, k], None if init_states is None else int(init_states[k % len(init_states)]))
 
-    with tqdm(total=num_episodes, desc=f"demonstrations of {task.id}", disable=None if progress else True) as bar:
+    with tqdm(total=num_episodes, desc=f"demonstrations of {task.id}", disable=None if progress is True else True) as bar:
+        done, tick = 0, progress if callable(progress) else bar.update
         for attempt, episode in perform(task, next_attempt, noise, min(num_envs, num_episodes), replayable=replayable, physics=physics):
             s, k = attempt.key
             start = -1 if attempt.init_state is None else attempt.init_state
             episode.attrs.update(strategy=repertoire[s].name, strategy_index=s, init_state=start, seed=seed, attempt=k)
             episode.attrs.update(noise=noise, source="scripted")
             results[s][k] = episode if episode.success or keep_failures else None
-            bar.update(sum(len(taken(s)) for s in chosen) - bar.n)
+            before, done = done, sum(len(taken(s)) for s in chosen)
+            tick(done - before)
     rounds = [[(k, s, e) for k, e in enumerate(taken(s))] for s in chosen]
     return [e for _, _, e in heapq.merge(*rounds, key=lambda row: row[:2])]
 
 
 def load_or_collect(
-    task: Task, num_episodes: int, seed: int = 0, noise: float = 0.1, progress: bool = True, physics: str = "exact"
+    task: Task,
+    num_episodes: int,
+    seed: int = 0,
+    noise: float = 0.1,
+    progress: bool | Callable[[int], Any] = True,
+    physics: str = "exact",
 ) -> list[Episode]:
     """`collect`, kept in LIBERO's HDF5 layout in the user's cache folder."""
     path = cache_file(task, "episodes", "hdf5", num_episodes, seed, noise, physics)
