@@ -23,6 +23,23 @@ SRGB = np.linspace(0, 1, 256)
 SRGB_TO_LINEAR = np.round(255 * np.where(SRGB <= 0.04045, SRGB / 12.92, ((SRGB + 0.055) / 1.055) ** 2.4)).astype(np.uint8)
 
 
+def morton_order(points: np.ndarray) -> np.ndarray:
+    """Indices (N,) that put points (N, 3) along a Z-order curve: what is near in space is near in memory, and in a processor's cache."""
+    low, size = points.min(0), np.maximum(np.ptp(points, axis=0).max(), 1e-9)
+    cells = ((points - low) / size * 1023).astype(np.int64)
+    code = np.zeros(len(points), np.int64)
+    for bit in range(10):
+        for axis in range(3):
+            code |= (cells[:, axis] >> bit & 1) << (3 * bit + axis)
+    return np.argsort(code, kind="stable")
+
+
+def unique_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different ones of rows (N, D), in the order in which they first come, and which of them each one is, (N,)."""
+    _, first, which = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    return rows[np.sort(first)], np.argsort(np.argsort(first))[which.ravel()]
+
+
 class RayTracer:
     """Pictures of a model's states. The model must not change afterwards.
 
@@ -106,9 +123,11 @@ class RayTracer:
                     mujoco.mju_quat2Mat(flat := np.zeros(9), model.mesh_quat[geom.dataid // 2])
                     rotation = flat.reshape(3, 3).T
                     points, normals = points @ rotation, normals @ rotation
+                order = morton_order(points.mean(1))
+                points, normals, coordinates = points[order], normals[order], coordinates[order]
                 low, high = points.min((0, 1)), points.max((0, 1))
-                vertices = self._array(UNIT * points.reshape(-1, 3), wp.vec3)
-                mesh = wp.Mesh(vertices, self._array(np.arange(3 * len(points)), int))
+                shared, corner = unique_rows((UNIT * points.reshape(-1, 3)).astype(np.float32))
+                mesh = wp.Mesh(self._array(shared, wp.vec3), self._array(corner, int))
                 known[key] = mesh, sum(len(c[0]) for c in corners), rotation, (low + high) / 2, (high - low) / 2
                 corners.append((points, normals, coordinates))
             rows.append(known[key])
@@ -206,10 +225,12 @@ class RayTracer:
         views = frame.camera_position.size
         pixels = views * self.width * self.height
         piece = pixels if self.threads == 1 else -(-pixels // max(4 * self.threads, views))
+        run = 16 if self.device == "cpu" else 1  # a CPU copies the scene's and the frame's structs for each thread
 
         def launch(start: int) -> None:
-            inputs = [self.scene, frame, start, picture, self.scene.background]
-            wp.launch(trace, min(piece, pixels - start), inputs=inputs, device=self.device)
+            last = min(start + piece, pixels)
+            inputs = [self.scene, frame, start, last, run, picture, self.scene.background]
+            wp.launch(trace, -(-(last - start) // run), inputs=inputs, device=self.device)
 
         pieces = range(0, pixels, piece)
         list(self.pool.map(launch, pieces) if self.pool else map(launch, pieces))

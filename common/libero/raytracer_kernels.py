@@ -347,47 +347,63 @@ def shade(scene: Scene, frame: Frame, state: int, camera: int, origin: wp.vec3, 
 
 
 @wp.kernel
-def trace(scene: Scene, frame: Frame, first: int, picture: wp.array(dtype=wp.uint8, ndim=2), background: wp.array(dtype=wp.vec4, ndim=2)):
-    """Fill picture (B * C * H * W, 3), row 0 at the top, or background (C, H * W) where picture is empty."""
-    i = first + wp.tid()
-    cameras = scene.cameras.shape[0]
-    pixels = scene.width * scene.height
-    state = i // pixels // cameras
-    camera = (i // pixels) % cameras
-    pixel = i % pixels
+def trace(
+    scene: Scene,
+    frame: Frame,
+    first: int,
+    last: int,
+    run: int,
+    picture: wp.array(dtype=wp.uint8, ndim=2),
+    background: wp.array(dtype=wp.vec4, ndim=2),
+):
+    """Fill picture (B * C * H * W, 3), row 0 at the top, or background (C, H * W) where picture is empty: `run` pixels a thread, from
+    `first` to `last`.
 
-    origin = frame.camera_position[state, camera]
-    x = pixel % scene.width
-    y = pixel // scene.width
-    tile = y // TILE * ((scene.width + TILE - 1) // TILE) + x // TILE
-    direction = toward(scene, frame, state, camera, float(x) + 0.5, float(y) + 0.5)
-    start = scene.near * wp.length(direction)  # the near plane along this ray
-    direction = wp.normalize(direction)
-    behind = wp.vec4(0.0, 0.0, 0.0, FAR)
-    fixed = picture.shape[0] > 0 and scene.cameras[camera].fixed == 1
-    if fixed:
-        behind = scene.background[camera, pixel]
+    They are counted row by row, each row of all states in turn: these look at the same parts of the same meshes, which stay in the cache.
+    """
+    states = frame.camera_position.shape[0]
+    begin = first + wp.tid() * run
+    for i in range(begin, wp.min(begin + run, last)):
+        x = i % scene.width
+        state = i // scene.width % states
+        y = i // scene.width // states % scene.height
+        camera = i // scene.width // states // scene.height
+        pixel = y * scene.width + x
+        tile = y // TILE * ((scene.width + TILE - 1) // TILE) + x // TILE
+        behind = wp.vec4(0.0, 0.0, 0.0, FAR)
+        fixed = picture.shape[0] > 0 and scene.cameras[camera].fixed == 1
+        if fixed:
+            behind = scene.background[camera, pixel]
 
-    colour = wp.vec3(0.0, 0.0, 0.0)
-    through = wp.float32(1.0)  # a bare number would be a constant to Warp
-    distance = wp.float32(FAR)
-    for _ in range(MAX_LAYERS):
-        hit = nearest_hit(scene, frame, state, camera, tile, origin, direction, start, behind[3])
-        if hit.geom < 0:
-            last = wp.vec3(behind[0], behind[1], behind[2])
-            if scene.sky >= 0 and not fixed:
-                last = cube(scene.textures, scene.sky, wp.vec3(direction[0], direction[2], -direction[1]), scene.cameras[camera].pixel)
-            colour += through * last
-            break
-        alpha = scene.geoms[hit.geom].rgba[3]
-        colour += through * alpha * shade(scene, frame, state, camera, origin, direction, hit)
-        through *= 1.0 - alpha
-        start = hit.distance + 1.0e-4
-        distance = wp.min(distance, hit.distance)
-        if through < 0.005:
-            break
-    if picture.shape[0] > 0:
-        for k in range(3):
-            picture[i, k] = wp.uint8(wp.clamp(colour[k] * 255.0 + 0.5, 0.0, 255.0))
-    else:
-        background[camera, pixel] = wp.vec4(colour[0], colour[1], colour[2], distance)
+        colour = wp.vec3(0.0, 0.0, 0.0)
+        distance = wp.float32(FAR)
+        if fixed and frame.count[state, camera, tile] == 0:
+            colour = wp.vec3(behind[0], behind[1], behind[2])
+        else:
+            origin = frame.camera_position[state, camera]
+            direction = toward(scene, frame, state, camera, float(x) + 0.5, float(y) + 0.5)
+            start = scene.near * wp.length(direction)  # the near plane along this ray
+            direction = wp.normalize(direction)
+            through = wp.float32(1.0)  # a bare number would be a constant to Warp
+            for _ in range(MAX_LAYERS):
+                hit = nearest_hit(scene, frame, state, camera, tile, origin, direction, start, behind[3])
+                if hit.geom < 0:
+                    far = wp.vec3(behind[0], behind[1], behind[2])
+                    if scene.sky >= 0 and not fixed:
+                        up = wp.vec3(direction[0], direction[2], -direction[1])
+                        far = cube(scene.textures, scene.sky, up, scene.cameras[camera].pixel)
+                    colour += through * far
+                    break
+                alpha = scene.geoms[hit.geom].rgba[3]
+                colour += through * alpha * shade(scene, frame, state, camera, origin, direction, hit)
+                through *= 1.0 - alpha
+                start = hit.distance + 1.0e-4
+                distance = wp.min(distance, hit.distance)
+                if through < 0.005:
+                    break
+        if picture.shape[0] > 0:
+            at = (state * scene.cameras.shape[0] + camera) * scene.width * scene.height + pixel
+            for k in range(3):
+                picture[at, k] = wp.uint8(wp.clamp(colour[k] * 255.0 + 0.5, 0.0, 255.0))
+        else:
+            background[camera, pixel] = wp.vec4(colour[0], colour[1], colour[2], distance)
