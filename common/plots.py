@@ -178,7 +178,7 @@ def plot_success(
     stages: Sequence[tuple[float, str]] = (),
     title: str = "",
 ) -> None:
-    """Success over environment steps (M,): rates (M, K) in [0, 1], a thin line a pattern, and their mean, thick.
+    """Success over environment steps (M,): rates (M, K) in [0, 1], a line a pattern, and where there are several, their mean, thick.
 
     nan: no value. `stages`: (step, name) of where each stage begins, marked by a dotted line.
     """
@@ -193,9 +193,11 @@ def plot_success(
     axes = figure.subplots()
     for k in range(success.shape[1]):
         at = known[:, k]
-        axes.plot(steps[at], success[at, k], **_line(k), linewidth=1, label=f"pattern {k}")
-    outline = [Stroke(linewidth=5, foreground="white"), Normal()]
-    axes.plot(steps, mean, color="0.35", linewidth=3.5, label="mean", path_effects=outline, zorder=4)
+        axes.plot(steps[at], success[at, k], **_line(k), linewidth=1 if success.shape[1] > 1 else 2, label=f"pattern {k}")
+    if success.shape[1] > 1:
+        outline = [Stroke(linewidth=5, foreground="white"), Normal()]
+        axes.plot(steps, mean, color="0.35", linewidth=3.5, label="mean", path_effects=outline, zorder=4)
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
     for step, name in stages:
         axes.axvline(step, color="0.35", linewidth=1, linestyle=":")
         box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
@@ -206,7 +208,6 @@ def plot_success(
     axes.set(xlabel="environment steps", ylabel="success (%)", ylim=(-2, 102), title=title)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     _grid(axes)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
     _save(figure, path)
 
 

@@ -104,6 +104,13 @@ def test_success_mean_ignores_missing_values(drawn):
     assert [t.get_text() for t in drawn[0].texts] == ["Reinforce"]
 
 
+def test_success_of_one_policy_is_one_line(drawn):
+    plots.plot_success("", [0, 1, 2], [[0.2], [np.nan], [0.5]])
+    (line,) = drawn[0].lines
+    np.testing.assert_array_equal([line.get_xdata(), line.get_ydata()], [[0, 2], [20, 50]])
+    assert drawn[0].get_legend() is None
+
+
 def test_learning_curves_show_the_mean_of_the_seeds_and_their_range(drawn):
     plots.plot_learning_curves("", {"one": [CURVE, CURVE + [0, 0, 0.2]]})
     for axes, column in zip(drawn, (0, 1), strict=True):
