@@ -32,8 +32,8 @@ _unfinished: set[Path] = set()  # files that are being written
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run `main`; what the machine lacks (space, a disk that can be written, memory, files) and a `UserError` become one line on stderr and
-    exit code 2, Ctrl-C one line and 130. A second Ctrl-C does not wait for anything."""
+    """Run `main`; what the machine lacks (space, a disk that can be written, memory, files), weights of another version and a `UserError`
+    become one line on stderr and exit code 2, Ctrl-C one line and 130. A second Ctrl-C does not wait for anything."""
     try:
         with contextlib.suppress(ValueError):  # not the main thread
             if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
@@ -42,7 +42,7 @@ def run_command(main: Callable[[], None]) -> None:
     except UserError as error:
         sys.exit(_fail(str(error)))
     except Exception as error:  # some of MuJoCo's and torch's have no base of their own
-        if (line := _shortage(error)) is None:
+        if (line := _explained(error)) is None:
             raise
         sys.unraisablehook = lambda _: None  # what was half made, a reader of torch's, complains when it is taken down
         sys.exit(_fail(line))
@@ -54,8 +54,8 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def _shortage(error: Exception) -> str | None:
-    """What the machine lacks, and what to do, if that is what `error` says."""
+def _explained(error: Exception) -> str | None:
+    """What the machine lacks, or that weights are of another version of the code, and what to do, if that is what `error` says."""
     said, number = (str(error).splitlines() or [""])[0], getattr(error, "errno", None)
     if number in UNWRITABLE:
         return f"cannot write {error.filename}: {error.strerror}; free some space or choose another folder"
@@ -70,6 +70,8 @@ def _shortage(error: Exception) -> str | None:
         return f"the memory is full ({said or 'out of memory'}); take fewer environments or workers, or smaller batches"
     if "can't start new thread" in said or number == errno.EAGAIN:
         return f"no more threads or processes can be started ({said}); stop others, or allow more: ulimit -u"
+    if said.startswith("Error(s) in loading state_dict"):
+        return "the checkpoint's weights don't fit this version of the code: take the revision that its config.json names, or start again"
     return None
 
 

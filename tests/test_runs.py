@@ -588,6 +588,13 @@ def test_run_command_ends_in_one_line(capsys, error, code, line):
     assert line in text and text.count("\n") == 1
 
 
+def test_weights_of_another_version_end_in_one_line(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run_command(lambda: torch.nn.Linear(2, 2).load_state_dict(torch.nn.Linear(3, 2).state_dict()))
+    text = capsys.readouterr().err
+    assert exit_.value.code == 2 and "weights don't fit this version of the code" in text and text.count("\n") == 1
+
+
 def test_nothing_is_said_of_what_was_half_made(capfd, monkeypatch):
     """By torch: its iterator of a data set whose readers' pipes can't be opened lacks what its destructor asks for."""
     monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
