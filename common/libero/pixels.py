@@ -95,13 +95,15 @@ class PixelEnv(Wrapper):
     def step(self, actions, active: np.ndarray | None = None, draw: np.ndarray | None = None):
         """As the environment's. Environments (num_envs,) out of `draw` show black pictures, unless a new episode begins there; so do the
         last pictures of all episodes then. On Warp everything is drawn."""
+        if self.stays:
+            draw = None
         _, reward, terminated, truncated, info = self.env.step(actions, active)
-        observations = self.observations(None if draw is None else draw | (terminated | truncated))
+        observations = self.observations(None if draw is None else draw | terminated | truncated)
         if "final_obs" in info:  # an autoreset has put the next episodes' states in the place of the last ones
             final_state = info["final_obs"]
             ended, states = (np.asarray(torch.as_tensor(info[name]).cpu()) for name in ("_final_obs", "final_states"))
             info["final_obs"] = copy.deepcopy(observations)
-            for name, x in self.pixels(states[ended], pictures=draw is None or self.stays).items():
+            for name, x in self.pixels(states[ended], pictures=draw is None).items():
                 values = info["final_obs"][name]
                 values[ended] = torch.as_tensor(x, device=values.device) if self.stays else x
             if self.show_state:
@@ -116,8 +118,8 @@ class PixelEnv(Wrapper):
     def _look(self, states: np.ndarray, draw: np.ndarray | None) -> dict[str, np.ndarray]:
         if self._drawn is None:
             self._drawn, self._seen = np.full_like(states, np.nan), self.pixels(states, pictures=False)
-        changed = (states != self._drawn).any(1)
-        for rows, pictures in ((changed, True),) if draw is None else ((changed & draw, True), (changed & ~draw, False)):
+        changed, draw = (states != self._drawn).any(1), np.ones(len(states), bool) if draw is None else draw
+        for rows, pictures in ((changed & draw, True), (changed & ~draw, False)):
             for name, x in self.pixels(states[rows], pictures).items():
                 self._seen[name][rows] = x
             self._drawn[rows] = states[rows] if pictures else np.nan
