@@ -84,9 +84,9 @@ class JobArgs:
     """of pictures: resnet18, the papers', or small, four convolutions; auto: small on a CPU"""
     image_size: Annotated[int, Range(32, 512, zero=True)] = 0
     """pixels of a picture's side (0: as the encoder likes it, small 64, resnet18 84)"""
-    train_encoder: Literal["auto", "policy", "state"] = "auto"
-    """with pixels, what the encoder is trained for: the policy, by Learn and PPO, as in the papers; or, before Learn, to tell the
-    simulator's state, which the policy then acts on (auto: state on a CPU)"""
+    train_encoder: Literal["state", "policy"] = "state"
+    """with pixels, what the encoder is trained for: before Learn, to tell the simulator's state, which the policy then acts on; or the
+    policy, by Learn and PPO, as in the papers"""
     estimator_steps: Count = 1000
     """gradient steps of an encoder that tells the state"""
     near_field: NotNegative = 0.03
@@ -361,7 +361,7 @@ def observation(args: JobArgs) -> dict[str, Any]:
 
 def choose_devices(args: Any) -> Any:
     """A script's arguments with what `auto` means on this machine in the place of --device and --backend, and of the RL scripts'
-    --physics, --encoder and --train-encoder.
+    --physics and --encoder.
 
     --device cpu takes the simulator off the GPU, too: --backend warp then runs on Warp's CPU device, which is for tests. So without
     a GPU, `auto` isn't enough for it.
@@ -375,8 +375,7 @@ def choose_devices(args: Any) -> Any:
     if not isinstance(args, JobArgs):  # a VLA script's
         return dataclasses.replace(args, device=device, backend=backend)
     encoder = args.encoder if args.encoder != "auto" else "small" if device == "cpu" else "resnet18"
-    train_encoder = args.train_encoder if args.train_encoder != "auto" else "state" if device == "cpu" else "policy"
-    chosen = {"physics": choose_physics(args.physics, backend), "encoder": encoder, "train_encoder": train_encoder}
+    chosen = {"physics": choose_physics(args.physics, backend), "encoder": encoder}
     return dataclasses.replace(args, device=device, backend=backend, image_size=args.image_size or CONVOLUTIONS[encoder][1], **chosen)
 
 

@@ -105,9 +105,9 @@ def test_what_auto_means(monkeypatch, gpu, given, chosen):
     args = choose_devices(Args(**given))
     assert (args.device, args.backend) == chosen and checks._validate_args == (chosen[0] == "cpu")
     assert args.physics == choose_physics("auto", args.backend)
-    seen = {"cpu": ("small", 64, "state"), "cuda": ("resnet18", 84, "policy")}
-    assert (args.encoder, args.image_size, args.train_encoder) == seen[args.device]
-    auto = {"device": "auto", "backend": "auto", "physics": "auto", "encoder": "auto", "image_size": 0, "train_encoder": "auto"}
+    seen = {"cpu": ("small", 64), "cuda": ("resnet18", 84)}
+    assert (args.encoder, args.image_size) == seen[args.device]
+    auto = {"device": "auto", "backend": "auto", "physics": "auto", "encoder": "auto", "image_size": 0}
     assert dataclasses.replace(args, **auto) == dataclasses.replace(Args(**given), **auto)
     assert choose_devices(args) == args  # so that a resumed run is where it was
 

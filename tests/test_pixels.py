@@ -187,7 +187,7 @@ def make_trainer(script, env=None, seed=0, **changes):
     settings = dict(num_steps=6, total_steps=4 * 6 * 8, hidden=16, num_minibatches=1, update_epochs=1, critic_warmup=0)
     torch.manual_seed(0)
     plane = (test_dlr_discover if script is dlr_discover else test_gaussian_ppo).Plane
-    estimate = changes.get("train_encoder") == "state"
+    estimate = changes.setdefault("train_encoder", "policy") == "state"
     env = env or with_pictures(plane, estimate)(num_envs=4, max_steps=4, seed=seed)
     space = getattr(env, "single_observation_space", None)  # a plane has none
     space = space or (pixel_space() if isinstance(env.observations(), dict) else env.observations()[0])
@@ -345,11 +345,12 @@ def test_compiled_losses_on_cuda(script, monkeypatch):
 
 
 @pytest.mark.skipif(mujoco.__version__ < "3.8", reason="MuJoCo Warp needs mujoco 3.8 or later")
+@pytest.mark.parametrize("train_encoder", ["state", "policy"])
 @SCRIPTS
-def test_ppo_on_pictures_of_warps_worlds(script, drawer_task):
+def test_ppo_on_pictures_of_warps_worlds(script, train_encoder, drawer_task):
     """--obs pixels --backend warp, on Warp's CPU device."""
-    env = make_env(drawer_task, 2, obs="pixels", image_size=32, backend="warp", device="cpu", settle_steps=0, max_steps=2)
-    trainer = make_trainer(script, env, num_steps=3)
+    how = dict(obs="pixels", image_size=32, backend="warp", device="cpu", settle_steps=0, max_steps=2, show_state=train_encoder == "state")
+    trainer = make_trainer(script, make_env(drawer_task, 2, **how), num_steps=3, train_encoder=train_encoder)
     logs = trainer.run_iteration()
     assert logs["losses/ratio"] == pytest.approx(1.0, abs=1e-4) and logs["losses/updates"] == 1 and logs["charts/episodic_length"] == 2
 
