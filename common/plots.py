@@ -214,7 +214,8 @@ def plot_success(
 def plot_learning_curves(path: str | os.PathLike, curves: dict[str, Sequence[np.ndarray]], title: str = "") -> None:
     """Success over environment steps and over minutes: source -> an (M, 3) array a seed of steps, minutes, success (nan: no value).
 
-    The line is the mean over seeds, the band reaches from the lowest to the highest.
+    The line is the mean over seeds, the band reaches from the lowest to the highest. A dot is where a run ended; it counts with its last
+    value from there on.
     """
     from matplotlib.ticker import EngFormatter
 
@@ -224,10 +225,11 @@ def plot_learning_curves(path: str | os.PathLike, curves: dict[str, Sequence[np.
             runs = [run[~np.isnan(run[:, 2])] for run in runs]
             if not all(map(len, runs)):
                 continue
-            x = np.linspace(max(run[0, column] for run in runs), min(run[-1, column] for run in runs), 100)
+            x = np.linspace(max(run[0, column] for run in runs), max(run[-1, column] for run in runs), 100)
             y = 100 * np.stack([np.interp(x, run[:, column], run[:, 2]) for run in runs])
             axes.plot(x, y.mean(0), **_line(k), linewidth=2, label=_wrapped(f"{name} ({len(runs)})"))
             axes.fill_between(x, y.min(0), y.max(0), color=_style(k)["color"], alpha=0.15, linewidth=0)
+            axes.scatter([run[-1, column] for run in runs], [100 * run[-1, 2] for run in runs], color=_style(k)["color"], s=18, zorder=3)
         axes.set(xlabel=label, ylabel="success with exploration (%)" if column == 0 else "", ylim=(-2, 102))
         _grid(axes)
         if column == 0:
