@@ -121,6 +121,16 @@ def test_learning_curves_show_the_mean_of_the_seeds_and_their_range(drawn):
         np.testing.assert_allclose([band.ymin, band.ymax], [20, 80])
 
 
+def test_a_run_that_ended_counts_with_its_last_value(drawn):
+    long = np.array([[0, 0, 0.2], [1000, 1, 0.4], [2000, 2, 0.8]])
+    plots.plot_learning_curves("", {"one": [long, long[:2]]})
+    for axes, column in zip(drawn, (0, 1), strict=True):
+        (line,) = axes.get_lines()
+        assert line.get_xdata()[-1] == long[-1, column] and line.get_ydata()[-1] == pytest.approx(60)
+        ends = axes.collections[-1].get_offsets()
+        np.testing.assert_allclose(ends, [[long[2, column], 80], [long[1, column], 40]])
+
+
 def test_names_with_many_flags_stay_inside_the_figures(monkeypatch):
     """A column of benchmarks.compare is named after the flags in which runs differ."""
     figures = []
