@@ -187,7 +187,6 @@ def plot_success(
 
     steps, success = np.asarray(steps, float), 100 * np.asarray(success, float)
     known = ~np.isnan(success)
-    mean = np.where(known, success, 0).sum(1) / np.where(known.any(1), known.sum(1), np.nan)
 
     figure = _figure(8.0, 4.2)
     axes = figure.subplots()
@@ -195,6 +194,7 @@ def plot_success(
         at = known[:, k]
         axes.plot(steps[at], success[at, k], **_line(k), linewidth=1 if success.shape[1] > 1 else 2, label=f"pattern {k}")
     if success.shape[1] > 1:
+        mean = np.where(known, success, 0).sum(1) / np.where(known.any(1), known.sum(1), np.nan)
         outline = [Stroke(linewidth=5, foreground="white"), Normal()]
         axes.plot(steps, mean, color="0.35", linewidth=3.5, label="mean", path_effects=outline, zorder=4)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)

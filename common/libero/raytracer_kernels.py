@@ -377,30 +377,27 @@ def trace(
 
         colour = wp.vec3(0.0, 0.0, 0.0)
         distance = wp.float32(FAR)
-        if fixed and frame.count[state, camera, tile] == 0:
-            colour = wp.vec3(behind[0], behind[1], behind[2])
-        else:
-            origin = frame.camera_position[state, camera]
-            direction = toward(scene, frame, state, camera, float(x) + 0.5, float(y) + 0.5)
-            start = scene.near * wp.length(direction)  # the near plane along this ray
-            direction = wp.normalize(direction)
-            through = wp.float32(1.0)  # a bare number would be a constant to Warp
-            for _ in range(MAX_LAYERS):
-                hit = nearest_hit(scene, frame, state, camera, tile, origin, direction, start, behind[3])
-                if hit.geom < 0:
-                    far = wp.vec3(behind[0], behind[1], behind[2])
-                    if scene.sky >= 0 and not fixed:
-                        up = wp.vec3(direction[0], direction[2], -direction[1])
-                        far = cube(scene.textures, scene.sky, up, scene.cameras[camera].pixel)
-                    colour += through * far
-                    break
-                alpha = scene.geoms[hit.geom].rgba[3]
-                colour += through * alpha * shade(scene, frame, state, camera, origin, direction, hit)
-                through *= 1.0 - alpha
-                start = hit.distance + 1.0e-4
-                distance = wp.min(distance, hit.distance)
-                if through < 0.005:
-                    break
+        origin = frame.camera_position[state, camera]
+        direction = toward(scene, frame, state, camera, float(x) + 0.5, float(y) + 0.5)
+        start = scene.near * wp.length(direction)  # the near plane along this ray
+        direction = wp.normalize(direction)
+        through = wp.float32(1.0)  # a bare number would be a constant to Warp
+        for _ in range(MAX_LAYERS):
+            hit = nearest_hit(scene, frame, state, camera, tile, origin, direction, start, behind[3])
+            if hit.geom < 0:
+                far = wp.vec3(behind[0], behind[1], behind[2])
+                if scene.sky >= 0 and not fixed:
+                    up = wp.vec3(direction[0], direction[2], -direction[1])
+                    far = cube(scene.textures, scene.sky, up, scene.cameras[camera].pixel)
+                colour += through * far
+                break
+            alpha = scene.geoms[hit.geom].rgba[3]
+            colour += through * alpha * shade(scene, frame, state, camera, origin, direction, hit)
+            through *= 1.0 - alpha
+            start = hit.distance + 1.0e-4
+            distance = wp.min(distance, hit.distance)
+            if through < 0.005:
+                break
         if picture.shape[0] > 0:
             at = (state * scene.cameras.shape[0] + camera) * scene.width * scene.height + pixel
             for k in range(3):
