@@ -10,7 +10,8 @@ is trained on equally many episodes, or steps, of each, and by protocol
   transfer   is fine-tuned on demonstrations of other tasks for under 3 epochs and evaluated on these (arXiv 2511.19528).
 Gaussian RL and DLR are also trained on at several sizes, and DLR on 1 to 8 patterns at one size. `benchmarks.vla_why` measures of each VLA
 what may explain its success. Everything is a command that could be typed by hand, and is printed. What is finished is kept, what was
-stopped is resumed: stop it at any time and start it again, also with more --seeds or --corpora.
+stopped is resumed: stop it at any time and start it again, also with more --seeds or --corpora. Several machines, or sittings of which
+only the report was kept, add up: --earlier takes what is in their PROTOCOL.json, and only the rest is done.
 
 Writes OUT/PROTOCOL.md and PROTOCOL.json, PROTOCOL.png (success over size and patterns) and PROTOCOL-why.png, after each VLA.
 """
@@ -34,10 +35,13 @@ from benchmarks import vla_corpora, vla_report
 from benchmarks.vla_corpora import DEMONSTRATED, HELD_OUT, SOURCES, Cell, Entry
 from common.cli import UserError, lock, remove_leftovers, run_command
 from common.libero.tasks import find_human_demos
+from common.runs import plain_json
 from common.suites import expand, find_task
 from common.sweep.jobs import Machine
 
 PROTOCOLS = ("in-domain", "transfer")
+COMPARED = ("preset", "protocol", "head", "tasks", "settings", "assets", "downstream")  # in a report: what its rows depend on, but seeds
+ESTIMATES = ("minutes", "samples_per_second", "trial_seconds", "measured")  # of a preset: how long it takes, and not what is done
 STEPS = 100  # of an episode, about, to tell the time beforehand
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -141,6 +145,8 @@ class Args:
     """action head of the VLA: flow or tokens"""
     assets: str | None = None
     """a folder, libero (its own or none) or standin (default: $LIBERO_ASSETS, else LIBERO's own, else stand-ins)"""
+    earlier: list[Path] = dataclasses.field(default_factory=list)
+    """PROTOCOL.json of this comparison from elsewhere: the VLAs in them are not trained here again"""
     out: Path = Path("vla_compare")
     """folder of everything: corpora, runs, tables and figures; both protocols share one"""
 
@@ -350,6 +356,23 @@ def do(args: Args, preset: Preset, work: Work) -> None:
         raise UserError(f"benchmarks.vla_why failed: {last_line(place / 'log.txt')} ({place / 'log.txt'})")
 
 
+def read_earlier(paths: list[Path], about: dict, sources: list[str]) -> dict[tuple[Cell, int], dict]:
+    """What came out of the VLAs that were done elsewhere, by row and seed. UserError if it was not of what `about` says."""
+    found = {}
+    for path in paths:
+        try:
+            record = json.loads(path.read_text())
+            rows = [(Cell(r["source"], r["kind"], r["amount"]), r["seeds"]) for r in record["rows"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--earlier {path} is no report of this command: {error}") from error
+        for name in [name for name in COMPARED if name in about]:
+            if record.get(name) != (value := plain_json(about[name])):
+                raise UserError(f"--earlier {path} is of another comparison: {name} {record.get(name)}, here {value}")
+        of = [((cell, int(seed)), result) for cell, seeds in rows for seed, result in seeds.items()]
+        found |= {key: result for key, result in of if key[0].source == "none" or set(sources) <= set(result["action_error"])}
+    return found
+
+
 def expected(args: Args, preset: Preset, tasks: int, cells: list[Cell], new: list[str], workers: int) -> str:
     """How long everything takes, by the preset's steps, episodes and trials."""
     vlas, trained = len(cells) * len(args.seeds), sum(c.source != "none" for c in cells) * len(args.seeds)
@@ -394,6 +417,9 @@ def main() -> None:
         raise UserError(f"no human demonstrations of {missing[0]}; set LIBERO_DATASETS to the folder of LIBERO's, or leave human out")
     vla_corpora.check_alike([found[task] for found in swept.values() for task in tasks], preset.image_size)
     cells, new = list_cells(preset, args.protocol, args.sources), [s for s in args.sources if s not in swept]
+    about = {"preset": args.preset, "protocol": args.protocol, "head": args.head, "tasks": tasks}
+    about |= {"settings": {name: value for name, value in dataclasses.asdict(preset).items() if name not in ESTIMATES}}
+    read_earlier(args.earlier, about, args.sources)  # errors now, and not when the corpora are there
     machine = Machine(None, memory=4.0, use_gpus=True)
     print(f"{args.preset}, {args.protocol}: {expected(args, preset, len(tasks), cells, new, machine.workers)}")
     print("".join(f"left out: {line}\n" for line in left_out), end="", flush=True)
@@ -406,8 +432,8 @@ def main() -> None:
     pool = make_pool(machine)
     try:
         with held:
-            todo, about = plan(args, preset, pool, tasks, groups, swept, cells, left_out)
-            compare(args, preset, pool, cells, todo, about)
+            todo, more = plan(args, preset, pool, tasks, groups, swept, cells, left_out)
+            compare(args, preset, pool, cells, todo, about | more)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for child in list(CHILDREN):  # each saves, and ends
@@ -415,7 +441,7 @@ def main() -> None:
 
 
 def plan(args: Args, preset: Preset, pool: ThreadPoolExecutor, tasks, groups, swept, cells, left_out) -> tuple[list[Work], dict]:
-    """Have all corpora, and choose what is taken of them: the VLAs to be trained, and what the report says about all of them.
+    """Have all corpora, and choose what is taken of them: the VLAs to be trained, and more that the report says about all of them.
 
     Args: as in `main`: tasks of the corpora, groups of downstream tasks, source -> task -> corpus of a sweep, the tables' rows, and lines.
     """
@@ -448,23 +474,26 @@ def plan(args: Args, preset: Preset, pool: ThreadPoolExecutor, tasks, groups, sw
     for path, of in masks.items():
         vla_corpora.write_masks(path, of)
 
-    about = {"preset": args.preset, "protocol": args.protocol, "head": args.head, "seeds": args.seeds, "tasks": list(used)}
-    about |= {"downstream": [[f"{p.parent.name}/{p.stem.removesuffix('_demo')}" for p in group] for group in downstream]}
-    about |= {"left_out": left_out, "settings": dataclasses.asdict(preset), "assets": vla_corpora.assets_of(next(iter(masks)))}
-    about |= {"runs": {s: [swept[s][t].parent.name for t in used] for s in args.sources if s in swept}}
-    return todo, about
+    more = {"tasks": list(used), "seeds": args.seeds, "left_out": left_out, "assets": vla_corpora.assets_of(next(iter(masks)))}
+    more |= {"downstream": [[f"{p.parent.name}/{p.stem.removesuffix('_demo')}" for p in group] for group in downstream]}
+    more |= {"runs": {s: [swept[s][t].parent.name for t in used] for s in args.sources if s in swept}}
+    return todo, more
 
 
 def compare(args: Args, preset: Preset, pool: ThreadPoolExecutor, cells: list[Cell], todo: list[Work], about: dict) -> None:
-    """Train, evaluate and explain all VLAs, and report after each."""
+    """Train, evaluate and explain all VLAs that were not done elsewhere, and report after each."""
     failed: dict[str, str] = {}
+    earlier = read_earlier(args.earlier, about, args.sources)
+
+    def result(work: Work) -> dict | None:
+        return earlier.get((work.cell, work.seed)) or work.result()
 
     def report() -> str:
-        results = {cell: {w.seed: r for w in todo if w.cell == cell and (r := w.result())} for cell in cells}
+        results = {cell: {w.seed: r for w in todo if w.cell == cell and (r := result(w))} for cell in cells}
         return vla_report.write(args.out / args.protocol, about | {"failed": failed}, results)
 
-    left = {work.folder: work for work in todo[::-1] if work.result() is None}
-    print(f"{sum(work.folder not in left for work in todo)} of {len(todo)} VLAs are done", flush=True)
+    left = {work.folder: work for work in todo[::-1] if result(work) is None}
+    print(f"{sum(result(work) is not None for work in todo)} of {len(todo)} VLAs are done", flush=True)
     jobs = {pool.submit(do, args, preset, work): work for work in list(left.values())[::-1]}
     for job in as_completed(jobs):
         try:

@@ -259,7 +259,8 @@ def write(path: Path, about: dict, results: Results) -> str:
         f"Corpora of {len(about['tasks'])} tasks, assets {about['assets']}, pictures {preset['image_size']} x {preset['image_size']}, "
         f"model {preset['size']}, {preset['steps']} steps of {preset['batch_size']} samples for each VLA. {HELD_OUT} episodes of each "
         f"file are held out. {len(finished)} of {len(results) * len(about['seeds'])} VLAs are done, in "
-        f"{sum({r['folder']: r['hours'] for r in finished}.values()):.1f} hours of a worker.",
+        f"{sum({r['folder']: r['hours'] for r in finished}.values()):.1f} hours of a worker. "
+        f"Revisions: {', '.join(sorted({r['versions']['revision'] for r in finished})) or 'none yet'}.",
         *(["Fine-tuned on " + downstream(about)] if about["downstream"] else []),
         *(["Left out: " + "; ".join(about["left_out"]) + "."] if about["left_out"] else []),
         *(["Failed: " + "; ".join(f"{name}: {why}" for name, why in about["failed"].items()) + "."] if about["failed"] else []),

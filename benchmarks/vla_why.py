@@ -43,7 +43,7 @@ from common.libero import Task, load_task, make_env
 from common.libero.assets import assets_like
 from common.libero.renderers import make_renderer
 from common.metrics import consistency, smoothness
-from common.runs import Progress, choose_device, write_json
+from common.runs import Progress, choose_device, versions, write_json
 from common.vla_model import VLA, load_model
 
 BEYOND = 0.02  # m outside of where things are ever put
@@ -239,7 +239,7 @@ def main() -> None:
     before = found["seconds"]
 
     def save(done: bool = False) -> None:
-        write_json(args.json, found | {"seconds": before + time.monotonic() - began, "done": done})
+        write_json(args.json, found | {"seconds": before + time.monotonic() - began, "versions": versions(), "done": done})
 
     if args.pretrained and set(args.sources) - set(found.get("action_error", {})):
         model, meta = load_model(args.pretrained)

@@ -242,7 +242,8 @@ def commands(tmp_path, monkeypatch):
             if "fails" in done[0]:
                 log.write_text("some lines\nerror: no light\n")
                 return False
-            found = {"starts": [{"task": TASKS[0], "successes": 5, "trials": 25, "starts": "hand"}], "seconds": 60.0, "done": True}
+            found = {"starts": [{"task": TASKS[0], "successes": 5, "trials": 25, "starts": "hand"}], "seconds": 60.0}
+            found |= {"versions": {"revision": "abc1234"}, "done": True}
             if "--pretrained" in words:
                 found |= {"action_error": {s: 0.1 + 0.1 * (s != after("--source")[0]) for s in after("--sources")}, "coverage": None}
                 found |= {"corpus": {"episodes": 4, "steps": 30, "ways": 2, "mean_jerk": 3.0}}
@@ -314,6 +315,31 @@ def test_in_domain_from_sweeps(commands, tmp_path, capsys):
     assert run(*flags) == text and not done  # nothing is done twice
     run(*flags, "--seeds", "1", "2", "3")
     assert 5 <= count(done, "vla_pretrain.py") <= 10 and not count(done, "common.demos")
+
+
+def test_what_was_done_elsewhere_is_not_done_again(commands, tmp_path):
+    """Two machines with a seed each write the report that one machine with both seeds does."""
+    run, done = commands
+    sweep = write_sweep(tmp_path / "g", "gaussian_ppo.py", TASKS, count=9)
+    flags = ("--corpora", str(sweep), "--sources", "gaussian_ppo", "demonstrations")
+    both = run(*flags)
+    (tmp_path / "out").rename(tmp_path / "both")
+    run(*flags, "--seeds", "1")
+    earlier = tmp_path / "earlier.json"
+    (tmp_path / "out" / "in-domain.json").rename(earlier)
+    (tmp_path / "out").rename(tmp_path / "first")
+    done.clear()
+    assert run(*flags, "--earlier", str(earlier)) == both
+    trained = [Path(words[-1]).parent.name for words in done if words[0] == "vla_pretrain.py"]
+    assert trained and all("-seed2-" in name for name in trained)
+    done.clear()
+    for name, value in (("head", "tokens"), ("tasks", TASKS[:1]), ("settings", {"steps": 1})):
+        write_json(tmp_path / "other.json", json.loads(earlier.read_text()) | {name: value})
+        with pytest.raises(UserError, match=f"is of another comparison: {name}"):
+            run(*flags, "--earlier", str(tmp_path / "other.json"))
+    with pytest.raises(UserError, match="is no report of this command"):
+        run(*flags, "--earlier", str(sweep / "sweep.json"))
+    assert not done
 
 
 def test_transfer_makes_what_no_sweep_holds(commands, tmp_path):
