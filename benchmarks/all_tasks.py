@@ -1,6 +1,7 @@
 """The runs of several sweeps of one script as one table and figure (docs/sweep.md).
 
-    python -m benchmarks.all_tasks docs/results/all_gaussian_ppo.json runs/sweep-gaussian_ppo --json docs/results/all_gaussian_ppo.json
+    python -m benchmarks.all_tasks docs/results/all_gaussian_ppo.json runs/sweep-gaussian_ppo --json docs/results/all_gaussian_ppo.json \
+        --page docs/all_tasks.md
 
 130 tasks take longer than one sitting, or more than one machine: each sweep's folder, or the JSON file that was written of earlier
 ones, adds its finished runs. Of two of the same task and seed the later source's counts. Prints the tables of `common.sweep` and a
@@ -17,7 +18,7 @@ import numpy as np
 import tyro
 
 from common import plots
-from common.cli import UserError, run_command
+from common.cli import UserError, atomic_path, run_command
 from common.runs import write_json
 from common.suites import SUITES, expand
 from common.sweep.report import interval, suites_table, tasks_table
@@ -35,6 +36,8 @@ class Args:
     """also write the runs to this file"""
     figure: Path | None = None
     """also draw them"""
+    page: Path | None = None
+    """also write them into this Markdown page, under a heading of the script's, in the place of what stands there"""
 
 
 def read(source: Path) -> dict:
@@ -80,6 +83,20 @@ def verdict(runs: list[dict], tasks: list[str]) -> str:
     return "; ".join(lines) + (f"; {missing} of {len(tasks)} tasks have no run yet" if missing else "")
 
 
+def name(task: str) -> str:
+    """A task as in a table: its suite, its number there, and its name with blanks, which can be wrapped."""
+    suite, words = task.split("/")
+    return f"{suite}/{expand([suite]).index(task)} {words.replace('_', ' ')}"
+
+
+def write_section(page: Path, title: str, text: str) -> None:
+    """Put `text` into a Markdown page under the heading `title`, in the place of what stood there, or at the end."""
+    before, found, rest = (page.read_text() if page.exists() else "").partition(f"## {title}\n")
+    _, heading, after = rest.partition("\n## ")
+    with atomic_path(page) as temporary:
+        temporary.write_text(f"{before if found else before.rstrip() + 2 * chr(10)}## {title}\n\n{text.strip()}\n{heading}{after}".lstrip())
+
+
 def main() -> None:
     args = tyro.cli(Args)
     found = merge([read(source) for source in args.sources])
@@ -87,8 +104,13 @@ def main() -> None:
     found["runs"] = in_order(found["runs"], tasks)
     done = [run for run in found["runs"] if run["state"] == "done"]
     command = " ".join(["python", found["script"], *found["flags"]])
-    print(f"`{command}`\n\n{verdict(found['runs'], tasks)}\n\n{suites_table(found['runs'])}\n{tasks_table(found['runs'])}")
-    print("revisions:", ", ".join(sorted({run["versions"].get("revision", "unknown") for run in done})))
+    rows = [run | {"task": name(run["task"])} for run in found["runs"]]
+    parts = [f"{verdict(found['runs'], tasks)}.\n", suites_table(rows), tasks_table(rows)]
+    parts += [f"Failed: {run['task']}, seed {run['seed']}: {run['outcome']}.\n" for run in rows if run["state"] == "failed"]
+    text = "\n".join([*parts, "Revisions: " + ", ".join(sorted({run["versions"].get("revision", "unknown") for run in done})) + "."])
+    if args.page:
+        write_section(args.page, f"`{command}`", text)
+    print(f"`{command}`\n\n{text}")
     if args.json:
         write_json(args.json, found)
     if args.figure and done:

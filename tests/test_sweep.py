@@ -493,7 +493,7 @@ def test_failed_runs_count_as_zero_beside(tmp_path):
         row | {"task": "b", "state": "failed"},
         row | {"task": "c", "state": "todo"},
     ]
-    assert "| libero_goal | 1 of 3 | 1 |  | 90 % (90 % to 90 %) | 45 % |" in report.suites_table(rows)
+    assert "| libero_goal | 1 of 3 | 1 |  | 90 % | 45 % |" in report.suites_table(rows)
 
 
 def test_sweeps_of_one_script_make_one_table(tmp_path, monkeypatch, capsys):
@@ -504,7 +504,7 @@ def test_sweeps_of_one_script_make_one_table(tmp_path, monkeypatch, capsys):
     first = [done | {"task": tasks[1], "reinforce": 0.6}, done | {"task": tasks[0], "reinforce": 0.9}]
     again = [
         done | {"task": tasks[1], "reinforce": 1.0},
-        row | {"task": tasks[2], "state": "failed"},
+        row | {"task": tasks[2], "state": "failed", "outcome": "error: no way"},
         row | {"task": tasks[3], "state": "todo"},
     ]
     for name, runs, flags in (("a", first, []), ("b", again, []), ("c", [], ["--seed", "2"])):
@@ -517,10 +517,20 @@ def test_sweeps_of_one_script_make_one_table(tmp_path, monkeypatch, capsys):
 
     said = tell(tmp_path / "a", tmp_path / "b")
     assert "2 of 3 tasks at 90 % or better; mean 63.3%" in said and "2 clones under 80 %, of which RL makes +45.0%" in said
-    assert "7 of 10 tasks have no run yet" in said and "| 1 of 2 |" in said and "revisions: abc" in said
+    assert "7 of 10 tasks have no run yet" in said and "| 1 of 2 |" in said and "Revisions: abc." in said
     kept = json.loads((tmp_path / "all.json").read_text())["runs"]
     assert [(run["task"], run["reinforce"]) for run in kept] == [(tasks[0], 0.9), (tasks[1], 1.0), (tasks[2], None)]
     assert "folder" not in kept[0] and tell(tmp_path / "all.json") == said
+    page = tmp_path / "page.md"
+    page.write_text("# All tasks\n\nBy hand.\n\n## `python s.py`\n\nold\n\n## Why\n\nBy hand, too.\n")
+    for _ in range(2):  # written again, it stays
+        tell(tmp_path / "all.json", "--page", page)
+        before, after = page.read_text().split("## Why")
+        assert before.startswith("# All tasks\n\nBy hand.\n\n## `python s.py`\n\n2 of 3 tasks at 90 %") and after == "\n\nBy hand, too.\n"
+        assert before.endswith(", seed 1: error: no way.\n\nRevisions: abc.\n\n") and "old" not in before
+        assert f"| libero_goal/1 {tasks[1].split('/')[1].replace('_', ' ')} | 1 | 50 % | 100 % |" in before
+    all_tasks.write_section(page, "More", "text\n\n")
+    assert page.read_text().endswith("By hand, too.\n\n## More\n\ntext\n")
     with pytest.raises(UserError, match="differ in script or flags"):
         tell(tmp_path / "a", tmp_path / "c")
     with pytest.raises(UserError, match="neither a sweep's folder"):
