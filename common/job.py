@@ -70,8 +70,8 @@ class JobArgs:
     backend: Literal["auto", "cpu", "warp"] = "auto"
     """simulator: cpu (all cores), warp (MuJoCo Warp on --device) or auto (warp on a GPU from 256 environments on)"""
     physics: Literal["auto", "exact", "sleep", "coarse"] = "auto"
-    """of training: exact, sleep (what rests costs nothing), coarse (also physics steps of 4 ms, not 2) or auto (coarse where MuJoCo has
-    sleep); evaluation and corpus are always exact"""
+    """of training: exact, sleep (what rests costs nothing), coarse (also physics steps of 4 ms, not 2; once an evaluation says that success
+    there is not success in exact physics, sleep) or auto (coarse where MuJoCo has sleep); evaluation and corpus are always exact"""
     compile: bool = False
     """compile acting and PPO's losses (CUDA)"""
     checkpoint_interval: Count = 5
@@ -159,7 +159,8 @@ class Job:
         if self.args.obs == "pixels":
             depends["image_assets"] = self.task.image_assets
         self.run.open(self.task.id, depends, demos=self.demo_source, renderer=self.renderer)
-        self.run.checkpoint["physics"] = self.args.physics
+        if self.run.checkpoint.setdefault("physics", self.args.physics) != self.args.physics:  # see `train`
+            self.train_env.set_physics("sleep")
 
     def obs_encoder(self) -> Normalizer | PixelEncoder | StateEstimator:
         """A new encoder of what the environment shows."""
@@ -191,7 +192,8 @@ class Job:
     def train(self, trainer: Trainer, policy: Policy, patterns: Sequence[int], note: Callable[[dict[str, float]], str]) -> None:
         """Train to the end, or until `--stop-success` is reached: in training's last episodes, and then in an evaluation from training
         starts, of half as many episodes a pattern as the final one, and twice as many in all. Official init states are kept for the end:
-        what had been stopped for on them would look too good."""
+        what had been stopped for on them would look too good. If that fails, what is left to learn may be what coarse physics get wrong:
+        training goes on in finer ones."""
 
         def done() -> bool:
             if not trainer.promising:
@@ -201,7 +203,12 @@ class Job:
             each = max(1, episodes // 2, 2 * episodes // len(patterns))
             self.eval_env.reset(seed=self.args.seed + 6)
             rows, _ = rollout.evaluate(self.eval_env, policy, patterns, each, self.run.progress, "can it stop?", passes, official=False)
-            self.run.progress.say(f"after {trainer.env_steps} steps: {'not good enough yet' if rows is None else 'good enough to stop'}")
+            finer = rows is None and self.run.checkpoint["physics"] == "coarse"
+            if finer:
+                self.run.checkpoint["physics"] = "coarse, then sleep"
+                self.train_env.set_physics("sleep")
+            verdict = "good enough to stop" if rows is not None else "not good enough yet" + ", on in finer physics" * finer
+            self.run.progress.say(f"after {trainer.env_steps} steps: {verdict}")
             if rows is None:
                 self.run.progress.stage("Reinforce", trainer.num_iterations, trainer.iteration)
             return rows is not None
@@ -228,7 +235,7 @@ class Job:
         distances = metrics.pairwise_dtw(features)
         within, between = metrics.within_between(distances, commanded)
         consistency = rollout.measure_consistency(env, policy, patterns, args.eval_episodes, args.demo_noise, args.seed + 5, progress)
-        attrs = {"script": run.script, "demos": self.demo_source, "training_physics": args.physics}
+        attrs = {"script": run.script, "demos": self.demo_source, "training_physics": run.checkpoint["physics"]}
         rollout.write_corpus(run.folder, task, corpus, attrs, args.corpus_images, args.assets, progress)
         rollout.plot_corpus(run.folder, task, features, commanded, distances)
         if self.videos:
@@ -245,7 +252,7 @@ class Job:
             "env_steps": run.checkpoint["env_steps"],
             "demos": self.demo_source,
             "assets": task.assets,
-            "physics": args.physics,
+            "physics": run.checkpoint["physics"],
             "renderer": self.renderer,
         }
 

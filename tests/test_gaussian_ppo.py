@@ -22,10 +22,10 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 import diffusion_ppo
 import dlr_discover
 import gaussian_ppo
-from common import runs
+from common import rollout, runs
 from common.cli import UserError, run_command
 from common.data import check_file, read_attrs, read_episodes
-from common.job import Job, choose_devices, load_demos, switch_weights
+from common.job import Job, Trainer, choose_devices, load_demos, switch_weights
 from common.libero import make_env
 from common.libero.make import choose_physics
 from common.networks import Normalizer
@@ -533,7 +533,8 @@ def check_whole_job(run: Path, name: str, task, demos, iterations: int) -> dict:
     assert f'"title":"{task.language}"' in (run / "report.html").read_text()
     checkpoint = load_checkpoint(run / "checkpoint.pt", name)
     assert checkpoint["stage"] == "done" and len(checkpoint["history"]) == iterations
-    assert config["args"]["physics"] == summary["physics"] == attrs["training_physics"] == checkpoint["physics"] != "auto"
+    assert config["args"]["physics"] == choose_physics("auto", "cpu") and checkpoint["physics"].startswith(config["args"]["physics"])
+    assert summary["physics"] == attrs["training_physics"] == checkpoint["physics"]
     return summary
 
 
@@ -562,6 +563,18 @@ def check_resumed_is_the_same(script, demos, tmp_path, drawer_task, *flags) -> N
 
 def test_whole_job_killed_and_resumed_is_as_if_never_stopped(demos, tmp_path, drawer_task):
     check_resumed_is_the_same(gaussian_ppo, demos, tmp_path, drawer_task)
+
+
+@pytest.mark.skipif(choose_physics("auto", "cpu") != "coarse", reason="this MuJoCo cannot sleep")
+def test_killed_after_training_went_on_in_finer_physics(demos, tmp_path, drawer_task, monkeypatch):
+    """After the first iteration training looks good enough, and the evaluation in exact physics says no."""
+    monkeypatch.setattr(Trainer, "promising", property(lambda self: self.iteration == 1))
+    evaluate = rollout.evaluate
+    monkeypatch.setattr(rollout, "evaluate", lambda *a, **k: (None, []) if "can it stop?" in a else evaluate(*a, **k))
+    check_resumed_is_the_same(gaussian_ppo, demos, tmp_path, drawer_task)
+    for part in ("whole", "killed"):
+        (summary,) = (tmp_path / part).glob("*/summary.json")
+        assert json.loads(summary.read_text())["physics"] == "coarse, then sleep"
 
 
 def test_what_takes_longer_to_do_is_trained_for_longer(demos, drawer_task, tmp_path, monkeypatch):

@@ -130,6 +130,25 @@ def test_goes_on_exactly_from_a_snapshot(bowl_task, physics):
     assert any(data.ntree_awake > 1 for data in env.data)  # something was woken
 
 
+def test_physics_can_be_changed_amid_episodes(bowl_task):
+    """From a snapshot on, an environment that was coarse does what one that never was does, to the last bit."""
+    rng = np.random.default_rng(2)
+    changed, other = (make_env(bowl_task, 2, seed=0, physics=physics) for physics in ("coarse", "sleep"))
+    changed.reset(options={"init_state": [0, 1]})
+    for action in rng.uniform(-1, 1, (30, 2, 7)):
+        changed.step(action)
+    changed.set_physics("sleep")
+    for env in (changed, other):
+        env.restore(changed.snapshot())
+    for action in rng.uniform(-1, 1, (30, 2, 7)):
+        assert (changed.step(action)[0] == other.step(action)[0]).all()
+    for env in (changed, other):  # a state that one of them was reset to before
+        env.reset(options={"init_state": [0, 1]})
+    assert (changed.get_state() == other.get_state()).all()
+    changed.set_physics("coarse")
+    assert changed.model.opt.timestep == pytest.approx(0.05 / env_module.COARSE_SUBSTEPS)
+
+
 def test_what_cannot_sleep(bowl_task, monkeypatch):
     with pytest.raises(UserError, match="no physics 'slow'; choose from exact, sleep, coarse"):
         make_env(bowl_task, physics="slow")

@@ -517,7 +517,8 @@ class Succeeding(Trainer):
     ],
 )
 def test_training_stops_when_training_and_evaluation_say_so(begin, monkeypatch, rates, evaluated, stop_success, stopped, looks):
-    run, seen = begin("--checkpoint-interval", "1000"), []
+    run, seen, finer = begin("--checkpoint-interval", "1000"), [], []
+    run.checkpoint["physics"] = "coarse"
 
     def evaluate(env, policy, patterns, each, progress, stage, passes, official):
         assert each == 50 and not official  # 100 in all; official init states are kept for the end
@@ -527,9 +528,12 @@ def test_training_stops_when_training_and_evaluation_say_so(begin, monkeypatch, 
     monkeypatch.setattr(rollout, "evaluate", evaluate)
     trainer = Succeeding(rates, stop_success)
     trainer.args.eval_episodes = 50
-    job = types.SimpleNamespace(run=run, args=trainer.args, eval_env=types.SimpleNamespace(reset=lambda seed: None))
+    envs = {"eval_env": types.SimpleNamespace(reset=lambda seed: None), "train_env": types.SimpleNamespace(set_physics=finer.append)}
+    job = types.SimpleNamespace(run=run, args=trainer.args, **envs)
     Job.train(job, trainer, None, [0, 1], lambda logs: "")
     assert (trainer.iteration, len(seen)) == (stopped, looks)
+    disagreed = looks > 1  # training succeeded, and the evaluation did not
+    assert finer == ["sleep"] * disagreed and run.checkpoint["physics"] == ("coarse, then sleep" if disagreed else "coarse")
     assert run.stage == "roll out"
     let_go(run)
 

@@ -224,6 +224,12 @@ class LiberoVectorEnv(LiberoEnv):
         self._elapsed[:], self._state_indices[:] = snapshot["elapsed"], snapshot["state_indices"]
         self._np_random.bit_generator.state = snapshot["rng"]
 
+    def set_physics(self, physics: str) -> None:
+        """Go on by another `physics` from where all environments are."""
+        self.physics, self.model = physics, physics_model(self.task.model, physics)
+        self._constants = (self.model._address, *self._constants[1:-1], COARSE_SUBSTEPS if physics == "coarse" else SUBSTEPS)
+        self._settled.clear()  # things come to rest a little elsewhere
+
     # ------------------------------------------------------------------ inside
 
     def _observations(self) -> np.ndarray:
