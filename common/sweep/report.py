@@ -169,9 +169,8 @@ def suites_table(rows: list[dict]) -> str:
         cells = [suite, f"{len(done)} of {len(mine)}", failed]
         for name in ("learn", "reinforce"):
             values = means(name, done)
-            low, high = interval(values) if len(values) > 1 else (None, None)  # one task says nothing of others
-            known = f" ({_percent(low)} to {_percent(high)})" if len(values) > 1 else ""
-            cells.append(_percent(np.mean(values)) + known if values else "")
+            within = " ({} to {})".format(*map(_percent, interval(values))) if len(values) > 1 else ""  # one task says nothing of others
+            cells.append(_percent(np.mean(values)) + within if values else "")
         zero = [row if row["state"] == "done" else row | {"reinforce": 0.0} for row in mine if row["state"] in ("done", "failed")]
         cells.append(_percent(np.mean(means("reinforce", zero))) if zero else "")
         cells += [
