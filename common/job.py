@@ -193,7 +193,7 @@ class Job:
         """Train to the end, or until `--stop-success` is reached: in training's last episodes, and then in an evaluation from training
         starts, of half as many episodes a pattern as the final one, and twice as many in all. Official init states are kept for the end:
         what had been stopped for on them would look too good. If that fails, what is left to learn may be what coarse physics get wrong:
-        training goes on in finer ones."""
+        training goes on in finer ones, those of this evaluation: sleep, in which success is that of exact physics."""
 
         def done() -> bool:
             if not trainer.promising:
@@ -201,8 +201,12 @@ class Job:
             trainer.looked = trainer.iteration
             passes, episodes = functools.partial(succeeds, self.args.stop_success), self.args.eval_episodes
             each = max(1, episodes // 2, 2 * episodes // len(patterns))
+            if fast := self.args.physics != "exact":
+                self.eval_env.set_physics("sleep")
             self.eval_env.reset(seed=self.args.seed + 6)
             rows, _ = rollout.evaluate(self.eval_env, policy, patterns, each, self.run.progress, "can it stop?", passes, official=False)
+            if fast:
+                self.eval_env.set_physics("exact")
             finer = rows is None and self.run.checkpoint["physics"] == "coarse"
             if finer:
                 self.run.checkpoint["physics"] = "coarse, then sleep"

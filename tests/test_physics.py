@@ -149,6 +149,24 @@ def test_physics_can_be_changed_amid_episodes(bowl_task):
     assert changed.model.opt.timestep == pytest.approx(0.05 / env_module.COARSE_SUBSTEPS)
 
 
+def test_an_environment_that_slept_is_exact_again(bowl_task):
+    """As a run's evaluations are: on its way in sleep, in the end exact."""
+    rng = np.random.default_rng(2)
+    changed, other = make_env(bowl_task, 2, physics="exact"), make_env(bowl_task, 2, physics="exact")
+    changed.reset(options={"init_state": [0, 1]})
+    changed.set_physics("sleep")
+    changed.reset(options={"init_state": [1, 0]})
+    for action in rng.uniform(-1, 1, (30, 2, 7)):
+        changed.step(action)
+    assert any(data.ntree_awake < bowl_task.model.ntree for data in changed.data)
+    changed.set_physics("exact")
+    for env in (changed, other):
+        env.reset(options={"init_state": [0, 1]})
+    for action in rng.uniform(-1, 1, (60, 2, 7)):
+        assert (changed.step(action)[0] == other.step(action)[0]).all()
+    assert (changed.get_state() == other.get_state()).all()
+
+
 def test_what_cannot_sleep(bowl_task, monkeypatch):
     with pytest.raises(UserError, match="no physics 'slow'; choose from exact, sleep, coarse"):
         make_env(bowl_task, physics="slow")

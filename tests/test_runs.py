@@ -517,7 +517,7 @@ class Succeeding(Trainer):
     ],
 )
 def test_training_stops_when_training_and_evaluation_say_so(begin, monkeypatch, rates, evaluated, stop_success, stopped, looks):
-    run, seen, finer = begin("--checkpoint-interval", "1000"), [], []
+    run, seen, finer, evaluated_in = begin("--checkpoint-interval", "1000"), [], [], []
     run.checkpoint["physics"] = "coarse"
 
     def evaluate(env, policy, patterns, each, progress, stage, passes, official):
@@ -528,11 +528,14 @@ def test_training_stops_when_training_and_evaluation_say_so(begin, monkeypatch, 
     monkeypatch.setattr(rollout, "evaluate", evaluate)
     trainer = Succeeding(rates, stop_success)
     trainer.args.eval_episodes = 50
-    envs = {"eval_env": types.SimpleNamespace(reset=lambda seed: None), "train_env": types.SimpleNamespace(set_physics=finer.append)}
-    job = types.SimpleNamespace(run=run, args=trainer.args, **envs)
+    eval_env = types.SimpleNamespace(reset=lambda seed: None, set_physics=evaluated_in.append)
+    envs = {"eval_env": eval_env, "train_env": types.SimpleNamespace(set_physics=finer.append)}
+    args = types.SimpleNamespace(**vars(trainer.args) | {"physics": "coarse"})  # of its environments; this trainer has none
+    job = types.SimpleNamespace(run=run, args=args, **envs)
     Job.train(job, trainer, None, [0, 1], lambda logs: "")
     assert (trainer.iteration, len(seen)) == (stopped, looks)
     disagreed = looks > 1  # training succeeded, and the evaluation did not
+    assert evaluated_in == ["sleep", "exact"] * looks  # and the one in the end is exact
     assert finer == ["sleep"] * disagreed and run.checkpoint["physics"] == ("coarse, then sleep" if disagreed else "coarse")
     assert run.stage == "roll out"
     let_go(run)

@@ -130,7 +130,7 @@ class LiberoVectorEnv(LiberoEnv):
         q0 = np.array(task.initial_joints)
         masses, goal = mass_addresses(task), goal_table(tuple(task.goal))
         self._constants = (model._address, data, pointers, sizes, arm, masses, q0, limits, fingers, goal, self.observe.terms)
-        self._constants += (COARSE_SUBSTEPS if physics == "coarse" else SUBSTEPS,)
+        self._constants += (substeps(model),)
         # LIBERO's controller starts with the arm in its reset pose, and keeps that goal orientation until told otherwise.
         home = self.data[0]
         home.qpos[task.arm_qpos] = task.initial_joints
@@ -227,7 +227,7 @@ class LiberoVectorEnv(LiberoEnv):
     def set_physics(self, physics: str) -> None:
         """Go on by another `physics` from where all environments are."""
         self.physics, self.model = physics, physics_model(self.task.model, physics)
-        self._constants = (self.model._address, *self._constants[1:-1], COARSE_SUBSTEPS if physics == "coarse" else SUBSTEPS)
+        self._constants = (self.model._address, *self._constants[1:-1], substeps(self.model))
         self._settled.clear()  # things come to rest a little elsewhere
 
     # ------------------------------------------------------------------ inside
@@ -290,6 +290,16 @@ class LiberoVectorEnv(LiberoEnv):
             update_sleep(self.model, data)
 
 
+def can_sleep() -> bool:
+    """Whether this MuJoCo can let sleep what rests."""
+    return hasattr(mujoco.mjtEnableBit, "mjENBL_SLEEP")
+
+
+def substeps(model: mujoco.MjModel) -> int:
+    """How many physics steps are a control step."""
+    return round(0.05 / model.opt.timestep)
+
+
 def physics_model(model: mujoco.MjModel, physics: str) -> mujoco.MjModel:
     """The model itself for "exact", else a copy that lets what rests sleep; UserError for another word or an old MuJoCo.
 
@@ -302,7 +312,7 @@ def physics_model(model: mujoco.MjModel, physics: str) -> mujoco.MjModel:
     model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_SENSOR
     if physics == "exact":
         return model
-    if not hasattr(mujoco.mjtEnableBit, "mjENBL_SLEEP"):
+    if not can_sleep():
         raise UserError(f"physics {physics} needs MuJoCo 3.8 or later, and this is {mujoco.__version__}; choose exact")
     model = copy.copy(model)
     model.opt.enableflags |= mujoco.mjtEnableBit.mjENBL_SLEEP

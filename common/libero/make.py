@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-import mujoco
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from common.cli import UserError
-from common.libero.env import LiberoVectorEnv
+from common.libero.env import LiberoVectorEnv, can_sleep
 from common.libero.tasks import Task, load_task
 from common.libero.wrappers import NextStep
 
@@ -39,7 +38,7 @@ def choose_physics(physics: str, backend: str) -> str:
     """ "exact", "sleep" or "coarse": what "auto" means on `backend` ("cpu" or "warp") with this MuJoCo."""
     if physics != "auto":
         return physics
-    return "coarse" if backend == "cpu" and hasattr(mujoco.mjtEnableBit, "mjENBL_SLEEP") else "exact"
+    return "coarse" if backend == "cpu" and can_sleep() else "exact"
 
 
 def make_env(
