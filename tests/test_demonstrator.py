@@ -17,8 +17,9 @@ from scipy.spatial.transform import Rotation
 
 from common.cli import UserError
 from common.data import read_episodes
-from common.demos import cache, collection, grasps, rehearsal
+from common.demos import articulate, cache, collection, grasps, rehearsal
 from common.demos.articulate import Articulate, joint_motion
+from common.demos.attempts import Attempt, perform
 from common.demos.collection import collect, load_or_collect, make_file
 from common.demos.demonstrator import SKILLS, Demonstrator, Step, Strategy, agenda, unsettled
 from common.demos.geometry import (
@@ -424,7 +425,7 @@ def test_what_takes_long_counts_where_nothing_else_works(drawer_task, monkeypatc
     """Episodes are made up: one contact works, and takes `needed` of the task's 300 steps."""
     contacts = set()
 
-    def perform(task, next_attempt, noise, num_envs, max_steps):
+    def perform(task, next_attempt, noise, num_envs, max_steps, physics):
         while (attempt := next_attempt()) is not None:
             contacts.add(attempt.strategy.factors["contact"])
             yield attempt, SimpleNamespace(success=attempt.strategy.factors["contact"] == "middle" and needed <= max_steps)
@@ -439,11 +440,29 @@ def test_what_takes_long_counts_where_nothing_else_works(drawer_task, monkeypatc
     assert len(contacts) > 1
 
 
+def test_a_drawer_is_dragged_where_the_hand_does_not_fit_around_its_handle(drawer_task, monkeypatch):
+    """It works on any drawer, with closed fingers on the handle; where it can be taken, that is what is done."""
+    strategies = [Strategy("", {"contact": f"drag {end}", "path": "direct"}) for end in ("left end", "middle")]
+    queue = [Attempt(k, strategy, [k], None) for strategy in strategies for k in range(2)]
+    done = list(perform(drawer_task, lambda: queue.pop() if queue else None, 0.1, 4))
+    assert [episode.success for _, episode in done] == [True] * 4
+    assert all((episode.actions[-10:, 6] == 1.0).all() for _, episode in done)
+
+    (goal,), env = drawer_task.goal, make_env(drawer_task)
+    env.reset(seed=0)
+    found = Articulate.holds(drawer_task, goal, env.data[0])
+    usual = Articulate.order(found)
+    assert usual and set(found) - set(usual) == {"drag left end", "drag middle", "drag right end"}
+    monkeypatch.setattr(articulate, "drawer_grasps", lambda *_: {})
+    found = Articulate.holds(drawer_task, goal, env.data[0])
+    assert Articulate.order(found) == list(found) and len(found) == 3
+
+
 @pytest.mark.parametrize("hard, works", [({3, 5}, True), ({1, 3}, False)])
 def test_what_works_mostly_counts_where_nothing_passes(drawer_task, monkeypatch, hard, works):
     """Episodes are made up: of the training states that all ways begin in, two are too hard for any of them."""
 
-    def perform(task, next_attempt, noise, num_envs, max_steps):
+    def perform(task, next_attempt, noise, num_envs, max_steps, physics):
         while (attempt := next_attempt()) is not None:
             yield attempt, SimpleNamespace(success=attempt.seed[0] not in hard)
 
@@ -466,7 +485,7 @@ def test_rehearsal_of_several_steps_finds_the_choice_that_is_to_blame(drawer_tas
     bad = [Articulate.order(holds[0])[:1], PickPlace.order(holds[1])[:2]]
     made = []
 
-    def perform(task, next_attempt, *args):
+    def perform(task, next_attempt, *args, **how):
         while (attempt := next_attempt()) is not None:
             factors = attempt.strategy.factors
             made.append(factors)
@@ -481,7 +500,15 @@ def test_rehearsal_of_several_steps_finds_the_choice_that_is_to_blame(drawer_tas
     assert {f["step 2 grasp"] for f in found} == set(PickPlace.order(holds[1])) - set(bad[1])
     assert len(made) < 160
 
-    def fail(task, next_attempt, *args):
+    def drag(task, next_attempt, *args, **how):
+        for attempt in iter(next_attempt, None):
+            attempt.stage = 0
+            yield attempt, SimpleNamespace(success=attempt.strategy.factors["step 1 contact"].startswith("drag"))
+
+    monkeypatch.setattr(rehearsal, "perform", drag)
+    assert {f["step 1 contact"] for f in rehearsal.rehearse(task)} == {"drag left end", "drag right end", "drag middle"}
+
+    def fail(task, next_attempt, *args, **how):
         return ((attempt, SimpleNamespace(success=False)) for attempt in iter(next_attempt, None))
 
     monkeypatch.setattr(rehearsal, "perform", fail)

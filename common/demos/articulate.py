@@ -12,11 +12,12 @@ import mujoco
 import numpy as np
 
 from common.demos.geometry import UP, axis_rotation, hand_rotation, joint_at, nearby_points, surface_points, world_points
-from common.demos.grasps import PAD_REACH, find_grasps
+from common.demos.grasps import FINGER_HALF_WIDTH, PAD_REACH, find_grasps
 from common.demos.motion import CLOSE, OPEN, Hand, PlanError, aligned, come_in, detour, follow, grip_phase, paths_to, ramp, readiness
 from common.libero import Task
 from common.libero.tasks import Predicate
 
+PRESS, LEAD = 0.04, 0.03  # m that the hand is sent under a handle and ahead of it, to drag it along by friction
 AJAR = 0.55  # rad by which a door is pulled open by its handle before it is pushed on from the inside
 
 
@@ -28,6 +29,7 @@ class Contact:
     rotation: np.ndarray  # (3, 3)
     out: np.ndarray  # (3,) direction from which the hand comes
     width: float | None  # of what the fingers close on (m); None: push with closed fingers
+    press: float = 0.0  # how far under the position the hand is sent (m), to press down on what it moves
 
 
 def joint_motion(model: mujoco.MjModel, data: mujoco.MjData, joint: int, point: np.ndarray) -> np.ndarray:
@@ -51,7 +53,7 @@ def contacts(task: Task, data: mujoco.MjData, joint: int, sign: float) -> dict[s
     if model.jnt_type[joint] == mujoco.mjtJoint.mjJNT_SLIDE:
         front = data.xaxis[joint] * np.sign(model.jnt_range[joint].sum())
         if sign * float(front @ data.xaxis[joint]) > 0:
-            return drawer_grasps(points, scene, front)
+            return drawer_grasps(points, scene, front) | drawer_drags(points, front)
         return drawer_pushes(points, front)
     if np.linalg.norm((points - data.xanchor[joint])[:, :2], axis=1).max() > 0.1:
         inward = sign * float(model.jnt_range[joint].sum()) < 0  # toward the closed end of its range
@@ -77,6 +79,20 @@ def drawer_grasps(points: np.ndarray, scene: np.ndarray, front: np.ndarray) -> d
             if near and min(near)[0] < 0.012:
                 g = min(near)[2]
                 found[f"{end}{turn}"] = Contact(g.position, g.rotation, -approach, g.width)
+    return found
+
+
+def drawer_drags(points: np.ndarray, front: np.ndarray) -> dict[str, Contact]:
+    """Press closed fingers on the handle from above and drag it out: where the table leaves no room for a hand around it."""
+    bar = np.cross(front, UP)
+    handle = points[points @ front > (points @ front).max() - 0.018]
+    top = 0.5 * (handle.min(0) + handle.max(0))
+    top[2] = handle[:, 2].max()
+    found = {}
+    approach, lower = -math.sqrt(0.5) * (front + UP), math.sqrt(0.5) * (front - UP)
+    for end, place in (("left end", 0.02), ("right end", -0.02), ("middle", 0.0)):
+        position = top + bar * place - PAD_REACH * approach - FINGER_HALF_WIDTH * lower  # the lower edge of the fingertips touches
+        found[f"drag {end}"] = Contact(position, hand_rotation(bar, approach), -approach, None, PRESS)
     return found
 
 
@@ -181,12 +197,13 @@ class Articulate:
 
     @staticmethod
     def order(holds) -> list[str]:
-        return list(holds)
+        """Names of ways to act that are worth trying: a drawer is dragged only where the hand doesn't fit around its handle."""
+        return [n for n in holds if not n.startswith("drag")] or list(holds)
 
     @classmethod
     def repertoire(cls, task: Task, predicate: Predicate, data: mujoco.MjData, holds: dict[str, Contact]) -> list[Articulate]:
         """A skill, planned from a state, for every combination of a way to take hold and a path."""
-        pairs = [(name, path) for name in holds for path in paths_to(holds[name].out)]
+        pairs = [(name, path) for name in cls.order(holds) for path in paths_to(holds[name].out)]
         skills = [cls(task, predicate, {"contact": name, "path": path}) for name, path in pairs]
         for skill in skills:
             skill.plan(data, holds)
@@ -263,7 +280,9 @@ class Articulate:
             along = offset @ direction
             across = offset - along * direction
             slack = math.sqrt(across @ across)
-            if slack < 0.02 and along > -0.03:
+            if c.press and slack < 0.02 and abs(along) < 0.02:  # what goes along by friction must not be left behind
+                return LEAD * direction - offset - c.press * UP, c.rotation, CLOSE
+            if not c.press and slack < 0.02 and along > -0.03:
                 return 0.06 * (1.0 - ramp(slack, 0.006, 0.016)) * direction - across, c.rotation, CLOSE
             ready = aligned(hand.rotation, c.rotation)
             return come_in(offset + 0.01 * direction, c.out, self.path, *self.REACH, ready), c.rotation, CLOSE

@@ -94,9 +94,12 @@ def rehearse(task: Task) -> list[dict[str, str]]:
             env.step(np.tile(NO_OP, (env.num_envs, 1)), falling)
     predicates = agenda(task, env.data[0])
     if len(predicates) > 1:
-        factors = _rehearse_steps(task, predicates, env.data[0])
-        env.close()
-        return factors
+        try:
+            return _rehearse_steps(task, predicates, env.data[0])
+        except UserError:
+            return _rehearse_steps(task, predicates, env.data[0], usual=False)
+        finally:
+            env.close()
     main = predicates[0]
     holds = SKILLS[main.name].holds(task, main, env.data[0])
     seen = dict.fromkeys(holds, 1)  # in how many of the eight states there is such a hold
@@ -147,17 +150,19 @@ def _rehearse_ways(task: Task, ways: list, distance: np.ndarray, max_steps: int)
     return tried
 
 
-def _rehearse_steps(task: Task, predicates: list[Predicate], data: mujoco.MjData) -> list[dict[str, str]]:
+def _rehearse_steps(task: Task, predicates: list[Predicate], data: mujoco.MjData, usual: bool = True) -> list[dict[str, str]]:
     """The factors of the strategies for a task of several steps, each with choices of its own.
 
     Whole episodes are rehearsed. When one fails, the choice that was made for the step under way is to blame; what was
-    chosen for the steps before it has proved its worth.
+    chosen for the steps before it has proved its worth. Unless `usual`, of each step the unusual ways are tried, where there are any.
     """
     options: list[list[dict[str, str]]] = []  # of each step, what is usual first
     for p in predicates:
         skill = SKILLS[p.name]
         key = "grasp" if skill is PickPlace else "contact"
-        holds = skill.order(skill.holds(task, p, data))
+        found = skill.holds(task, p, data)
+        holds = skill.order(found)
+        holds = holds if usual else [name for name in found if name not in holds] or holds
         paths = [path for path in PATHS if path in ("direct", "over") or skill is PickPlace]
         options.append([{key: hold, "path": path} for path in paths for hold in holds])
         if not holds:
