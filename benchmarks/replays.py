@@ -76,7 +76,7 @@ def starts_of(task: Task, episodes: Sequence[Episode]) -> np.ndarray:
 
 def digest(episode: Episode) -> int:
     """64 bits that tell an episode's states."""
-    return int.from_bytes(hashlib.sha256(np.vstack([episode.states, episode.final_state]).tobytes()).digest()[:8])
+    return int.from_bytes(hashlib.sha256(np.vstack([episode.states, episode.final_state]).tobytes()).digest()[:8], "little")
 
 
 def replay(task: Task, starts: np.ndarray, actions: Sequence[np.ndarray]) -> list[Episode]:
