@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -524,3 +525,21 @@ def test_a_containers_quota_counts(tmp_path, monkeypatch, files, quota):
     assert cli._quota(tmp_path) == quota
     monkeypatch.setattr(cli, "_quota", lambda: 0.5)
     assert cli.usable_cores() == 1
+
+
+def test_training_starts_from_no_state_that_things_are_thrown_from(drawer_task):
+    """A bowl that is placed in the cheese is thrown; the next state takes the place of that one, and if there is no other, it is taken."""
+    states = drawer_task.train_states[:3].copy()
+    bowl, cheese = (1 + drawer_task.objects[name].joint_qpos for name in ("akita_black_bowl_1", "cream_cheese_1"))
+    states[1, bowl : bowl + 3] = states[1, cheese : cheese + 3] + (0.05, 0.0, 0.0)
+    env = make_env(dataclasses.replace(drawer_task, train_states=states), 12)
+    _, info = env.reset(seed=0)
+    drawn = np.random.default_rng(0).integers(3, size=12)
+    assert set(drawn) == {0, 1, 2} and (info["state_index"] == np.where(drawn == 1, 2, drawn)).all()
+    moved = np.linalg.norm(env.get_state()[:, bowl : bowl + 2] - states[info["state_index"], bowl : bowl + 2], axis=1)
+    assert moved.max() < 0.01
+
+    env = make_env(dataclasses.replace(drawer_task, train_states=states[1:2]), 2)
+    _, info = env.reset(seed=0)
+    moved = np.linalg.norm(env.get_state()[:, bowl : bowl + 2] - states[1, bowl : bowl + 2], axis=1)
+    assert (info["state_index"] == 0).all() and moved.min() > 0.06

@@ -25,6 +25,7 @@ from common.libero.tasks import Task
 PHYSICS = ("exact", "sleep", "coarse")
 COARSE_SUBSTEPS = 12  # of 4.2 ms; contacts of LIBERO's grippers, with a time constant of 10 ms, need steps of at most 5
 SLEEP_TOLERANCE = 1e-4  # m/s: what is slower, with all that it touches, for ten physics steps falls asleep (MuJoCo 3.8's default)
+THROWN = 0.06  # m that a thing moves aside as it comes to rest: more is taken for thrown. On a neighbour's rim it may slide 5.6 cm
 
 _processes = 1
 
@@ -89,7 +90,8 @@ class LiberoVectorEnv(LiberoEnv):
     Actions (num_envs, 7) in [-1, 1]: hand translation (0.05 m full scale) and rotation (axis-angle, 0.5 rad full scale) in
     the world frame, and the gripper (its sign: negative opens, positive closes). Reward 1 at success, which terminates;
     `max_steps` truncates. `reset` starts from a training state, or from the official init states in
-    `options={"init_state": indices}`, runs `settle_steps` no-ops, and then observes.
+    `options={"init_state": indices}`, runs `settle_steps` no-ops, and then observes. A training state that things are `thrown` from
+    gives way to the next one.
 
     Autoreset is gymnasium's SAME_STEP (the observation is the next episode's first, `info["final_obs"]` the last one's,
     `info["final_states"]` its state) or DISABLED (`options={"reset_mask": mask}` resets some).
@@ -117,6 +119,7 @@ class LiberoVectorEnv(LiberoEnv):
         self.physics, self.model = physics, physics_model(task.model, physics)
         self._np_random, self._np_random_seed = np.random.default_rng(seed), -1 if seed is None else seed
         self._settled: dict[tuple[str, int], tuple[np.ndarray, ...]] = {}
+        self._thrown: set[tuple[str, int]] = set()
 
         model = self.model
         self.data = [mujoco.MjData(model) for _ in range(num_envs)]
@@ -228,7 +231,7 @@ class LiberoVectorEnv(LiberoEnv):
         """Go on by another `physics` from where all environments are."""
         self.physics, self.model = physics, physics_model(self.task.model, physics)
         self._constants = (self.model._address, *self._constants[1:-1], substeps(self.model))
-        self._settled.clear()  # things come to rest a little elsewhere
+        self._settled.clear(), self._thrown.clear()  # things come to rest a little elsewhere
 
     # ------------------------------------------------------------------ inside
 
@@ -249,8 +252,21 @@ class LiberoVectorEnv(LiberoEnv):
     def _reset(self, envs: np.ndarray, init_states: np.ndarray | None) -> None:
         kind, pool = ("train", self.task.train_states) if init_states is None else ("init", self.task.init_states)
         for i in envs:
-            index = int(self._np_random.integers(len(pool)) if init_states is None else init_states[i])
-            self._state_indices[i] = index
+            self._state_indices[i] = int(self._np_random.integers(len(pool)) if init_states is None else init_states[i])
+        todo = envs
+        for _ in pool:  # once, but for training states that things are thrown from
+            self._settle(kind, pool, todo)
+            todo = [i for i in todo if (kind, int(self._state_indices[i])) in self._thrown]
+            if not len(todo):
+                break
+            self._state_indices[todo] = (self._state_indices[todo] + 1) % len(pool)
+        for i in envs:
+            physics, self._goal_rot[i], self._grip[i] = self._settled[kind, int(self._state_indices[i])]
+            self._set_integration_state(i, physics)
+            self._elapsed[i], self._near[i] = 0, False
+
+    def _settle(self, kind: str, pool: np.ndarray, envs: np.ndarray) -> None:
+        """Have things come to rest in the states that `envs` are to start from, where that is not known yet."""
         new = {int(self._state_indices[i]): i for i in envs if (kind, int(self._state_indices[i])) not in self._settled}
         for index, i in new.items():
             self._load(i, pool[index], 0.0)
@@ -259,10 +275,8 @@ class LiberoVectorEnv(LiberoEnv):
             self._advance(actions, np.array(list(new.values())), self.settle_steps)
         for index, i in new.items():
             self._settled[kind, index] = self._integration_state(self.data[i]), self._goal_rot[i].copy(), self._grip[i].copy()
-        for i in envs:
-            physics, self._goal_rot[i], self._grip[i] = self._settled[kind, int(self._state_indices[i])]
-            self._set_integration_state(i, physics)
-            self._elapsed[i], self._near[i] = 0, False
+            if kind == "train" and thrown(self.task, pool[index, 1 : 1 + self.model.nq], self.data[i].qpos):
+                self._thrown.add((kind, index))
 
     def _load(self, i: int, state: np.ndarray, gripper: float) -> None:
         model, data = self.model, self.data[i]
@@ -288,6 +302,16 @@ class LiberoVectorEnv(LiberoEnv):
         if self.physics != "exact":
             data.tree_asleep[:] = asleep
             update_sleep(self.model, data)
+
+
+def thrown(task: Task, placed: np.ndarray, at_rest: np.ndarray) -> np.ndarray:
+    """Whether a thing has come to rest elsewhere than it was placed; both (..., nq) -> (...) bool.
+
+    LIBERO's placement lets things overlap, which throws them as far as a metre. Its official init states have next to none of these
+    (docs/simulator.md), so training has none.
+    """
+    free = [o.joint_qpos for o in task.objects.values() if o.joint_qpos is not None]
+    return np.any([np.linalg.norm((at_rest - placed)[..., j : j + 2], axis=-1) > THROWN for j in free], axis=0)
 
 
 def can_sleep() -> bool:

@@ -24,7 +24,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from common.cli import UserError
-from common.libero.env import LiberoEnv, LiberoVectorEnv, mass_addresses
+from common.libero.env import LiberoEnv, LiberoVectorEnv, mass_addresses, thrown
 from common.libero.observation import axis_angles
 from common.libero.step import NO_OP, SUBSTEPS
 from common.libero.tasks import Task
@@ -107,7 +107,13 @@ def start_states(task: Task, official: bool, steps: int) -> dict[str, np.ndarray
     """`settled` official or training states, once a process."""
     key = task.id, task.assets, official, steps
     if key not in _settled:
-        _settled[key] = settled(task, task.init_states if official else task.train_states, steps)
+        states = task.init_states if official else task.train_states
+        found = settled(task, states, steps)
+        bad = thrown(task, states[:, 1 : 1 + task.model.nq], found["qpos"])
+        if not official and not bad.all():  # as in `LiberoVectorEnv`
+            good = np.flatnonzero(~bad)
+            found = {name: x[good[np.searchsorted(good, np.arange(len(states))) % len(good)]] for name, x in found.items()}
+        _settled[key] = found
     return _settled[key]
 
 
