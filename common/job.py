@@ -36,7 +36,6 @@ from common.tensors import join, to_tensor
 # At most so many environments evaluate and roll out the corpus, by backend. On CPU cores, more would mostly idle in the end. A GPU takes
 # about as long for 512 worlds as for 64, and then 50 to 400 episodes run at once instead of one after the other.
 EVAL_ENVS = {"cpu": 64, "warp": 512}
-NOISE = 0.1  # success that exploration may cost
 DEMOS_PER_GOAL = 48  # 48 of libero_10/0, two things into the basket, are cloned to 78 %, 96 to 94 %
 
 
@@ -108,8 +107,8 @@ class JobArgs:
 
     # Roll out
     stop_success: Fraction | None = 0.97
-    """stop training when an evaluation from training starts succeeds so often (mean; each pattern within 5 points of it), which is made
-    when the last 50 episodes of each pattern do. None: train for all --total-steps, as a comparison at equal steps needs"""
+    """stop training when the last 50 episodes of each pattern, and then half an evaluation from training starts, succeed so often (mean;
+    each pattern within 5 points of it). None: train for all --total-steps, as a comparison at equal steps needs"""
     eval_episodes: Count = 50
     """official init states to evaluate each pattern on (at most 50)"""
     corpus_episodes: Count = 20
@@ -191,9 +190,9 @@ class Job:
         return rows, episodes
 
     def train(self, trainer: Trainer, policy: Policy, patterns: Sequence[int], note: Callable[[dict[str, float]], str]) -> None:
-        """Train to the end, or until `--stop-success` is reached in an evaluation from training starts, of half as many episodes a pattern
-        as the final one, and twice as many in all. Official init states are kept for the end: what had been stopped for on them would look
-        too good. Where training's last episodes had succeeded so often and the evaluation does not, coarse physics may be what is learned:
+        """Train to the end, or until `--stop-success` is reached: in training's last episodes, and then in an evaluation from training
+        starts, of half as many episodes a pattern as the final one, and twice as many in all. Official init states are kept for the end:
+        what had been stopped for on them would look too good. If that fails, what is left to learn may be what coarse physics get wrong:
         training goes on in finer ones, those of this evaluation: sleep, in which success is that of exact physics."""
 
         def done() -> bool:
@@ -208,7 +207,7 @@ class Job:
             rows, _ = rollout.evaluate(self.eval_env, policy, patterns, each, self.run.progress, "can it stop?", passes, official=False)
             if fast:
                 self.eval_env.set_physics("exact")
-            finer = rows is None and trainer.succeeds() and self.run.checkpoint["physics"] == "coarse"
+            finer = rows is None and self.run.checkpoint["physics"] == "coarse"
             if finer:
                 self.run.checkpoint["physics"] = "coarse, then sleep"
                 self.train_env.set_physics("sleep")
@@ -314,20 +313,13 @@ class Trainer:
         """Whether failures have had time to end, too: before that, success says nothing."""
         return self.iteration * self.args.num_steps >= self.env.max_steps
 
-    def succeeds(self, margin: float = 0.0) -> bool:
-        """Whether each pattern's last 50 episodes say that training might stop, by a success that is `margin` lower."""
-        if self.args.stop_success is None or not self.settled:
-            return False
-        outcomes = [self.outcomes[k] for k in self.alive]
-        full = all(len(o) == o.maxlen for o in outcomes)
-        return full and succeeds(self.args.stop_success - margin, [np.mean(o) for o in outcomes])
-
     @property
     def promising(self) -> bool:
-        """Whether it is worth an evaluation to see if training can stop: a fifteenth of it after the last one, if the last episodes
-        succeed as they should, and a fifth after, if they nearly do. These are with noise, which the mean action is without."""
-        since = (self.iteration - self.looked) / self.num_iterations
-        return since >= 1 / 15 and self.succeeds() or since >= 1 / 5 and self.succeeds(NOISE)
+        """Whether each pattern's last 50 episodes say that training might stop (and a fifteenth has passed since it was looked at)."""
+        if self.args.stop_success is None or not self.settled or self.iteration - self.looked < self.num_iterations / 15:
+            return False
+        outcomes = [self.outcomes[k] for k in self.alive]
+        return all(len(o) == o.maxlen for o in outcomes) and succeeds(self.args.stop_success, [np.mean(o) for o in outcomes])
 
     def run_iteration(self) -> dict[str, float]:
         """One rollout and update; returns what to log."""

@@ -511,11 +511,8 @@ class Succeeding(Trainer):
         ([1.0, 0.9], [1.0, 0.91], 0.95, 5, 1),  # a pattern may be 5 points lower
         ([0.9, 0.9], [1.0, 0.82], 0.88, 30, 13),  # one pattern too low in the evaluation: looked at again each fifteenth
         ([0.9, 0.9], [0.9, 0.84], 0.88, 30, 13),  # the mean too low
-        ([0.9, 0.8], [1.0, 1.0], 0.88, 6, 1),  # training is not quite as good, with its noise: looked at after a fifth all the same
-        ([1.0, 0.75], [1.0, 1.0], 0.88, 6, 1),
-        ([0.9, 0.8], [0.8, 0.8], 0.88, 30, 4),  # and each fifth
-        ([0.7, 0.8], [1.0, 1.0], 0.88, 30, 0),  # too far off
-        ([1.0, 0.7], [1.0, 1.0], 0.88, 30, 0),
+        ([0.9, 0.8], [1.0, 1.0], 0.88, 30, 0),
+        ([1.0, 0.8], [1.0, 1.0], 0.88, 30, 0),
         ([1.0, 1.0], [1.0, 1.0], None, 30, 0),
     ],
 )
@@ -537,7 +534,7 @@ def test_training_stops_when_training_and_evaluation_say_so(begin, monkeypatch, 
     job = types.SimpleNamespace(run=run, args=args, **envs)
     Job.train(job, trainer, None, [0, 1], lambda logs: "")
     assert (trainer.iteration, len(seen)) == (stopped, looks)
-    disagreed = looks > 4  # training succeeded, and the evaluation did not
+    disagreed = looks > 1  # training succeeded, and the evaluation did not
     assert evaluated_in == ["sleep", "exact"] * looks  # and the one in the end is exact
     assert finer == ["sleep"] * disagreed and run.checkpoint["physics"] == ("coarse, then sleep" if disagreed else "coarse")
     assert run.stage == "roll out"
