@@ -384,3 +384,16 @@ def test_on_cuda(drawer_task, rest):
             assert np.abs(gpu.get_state() - cpu.get_state())[:, [1 + a for a in drawer_task.arm_qpos]].max() < 2e-5
             np.testing.assert_allclose((obs.cpu().numpy() if tensors else obs)[:, position], expected[:, position], atol=2e-4)
         gpu.close()
+
+
+def test_training_starts_give_way_as_on_the_cpu(drawer_task, monkeypatch):
+    """Two of four states have a bowl in the cheese, from which it is thrown: the next one takes their place, after the last the first."""
+    states = drawer_task.train_states[:4].copy()
+    bowl, cheese = (1 + drawer_task.objects[name].joint_qpos for name in ("akita_black_bowl_1", "cream_cheese_1"))
+    states[1::2, bowl : bowl + 3] = states[1::2, cheese : cheese + 3] + (0.05, 0.0, 0.0)
+    monkeypatch.setattr(warp_env, "_settled", {})
+    task = dataclasses.replace(drawer_task, train_states=states)
+    found, all_of_them = warp_env.start_states(task, False, 10), warp_env.settled(task, states, 10)
+    assert found.keys() == all_of_them.keys()
+    for name, x in all_of_them.items():
+        np.testing.assert_array_equal(found[name], x[[0, 2, 2, 0]])

@@ -63,11 +63,15 @@ def contacts(task: Task, data: mujoco.MjData, joint: int, sign: float) -> dict[s
     return knob_turns(points, scene, data.xanchor[joint], sign)
 
 
+def drawer_handle(points: np.ndarray, front: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of a drawer that opens toward `front`: the direction to the left as one looks out of it, the points of its handle, and its middle."""
+    handle = points[points @ front > (points @ front).max() - 0.018]
+    return np.cross(front, UP), handle, 0.5 * (handle.min(0) + handle.max(0))
+
+
 def drawer_grasps(points: np.ndarray, scene: np.ndarray, front: np.ndarray) -> dict[str, Contact]:
     """Take the handle between a finger above and one below, at one of its ends or in the middle."""
-    handle = points[points @ front > (points @ front).max() - 0.018]
-    bar = np.cross(front, UP)  # to the left as one looks out of the drawer
-    middle = 0.5 * (handle.min(0) + handle.max(0))
+    bar, handle, middle = drawer_handle(points, front)
     tilt = math.radians(75.0)
     approach = -front * math.sin(tilt) - UP * math.cos(tilt)
     upright, found = np.cross(bar, approach), {}
@@ -84,9 +88,7 @@ def drawer_grasps(points: np.ndarray, scene: np.ndarray, front: np.ndarray) -> d
 
 def drawer_drags(points: np.ndarray, front: np.ndarray) -> dict[str, Contact]:
     """Press closed fingers on the handle from above and drag it out: where the table leaves no room for a hand around it."""
-    bar = np.cross(front, UP)
-    handle = points[points @ front > (points @ front).max() - 0.018]
-    top = 0.5 * (handle.min(0) + handle.max(0))
+    bar, handle, top = drawer_handle(points, front)
     top[2] = handle[:, 2].max()
     found = {}
     approach, lower = -math.sqrt(0.5) * (front + UP), math.sqrt(0.5) * (front - UP)
@@ -98,10 +100,8 @@ def drawer_drags(points: np.ndarray, front: np.ndarray) -> dict[str, Contact]:
 
 def drawer_pushes(points: np.ndarray, front: np.ndarray) -> dict[str, Contact]:
     """Push the front of a drawer with closed fingers."""
-    bar = np.cross(front, UP)
+    bar, _, middle = drawer_handle(points, front)
     face = (points @ front).max()
-    handle = points[points @ front > face - 0.018]
-    middle = 0.5 * (handle.min(0) + handle.max(0))
     found = {}
     for tilt in (30.0, 60.0):
         approach = -front * math.sin(math.radians(tilt)) - UP * math.cos(math.radians(tilt))
@@ -198,7 +198,7 @@ class Articulate:
     @staticmethod
     def order(holds) -> list[str]:
         """Names of ways to act that are worth trying: a drawer is dragged only where the hand doesn't fit around its handle."""
-        return [n for n in holds if not n.startswith("drag")] or list(holds)
+        return [name for name, contact in holds.items() if not contact.press] or list(holds)
 
     @classmethod
     def repertoire(cls, task: Task, predicate: Predicate, data: mujoco.MjData, holds: dict[str, Contact]) -> list[Articulate]:

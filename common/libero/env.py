@@ -231,7 +231,8 @@ class LiberoVectorEnv(LiberoEnv):
         """Go on by another `physics` from where all environments are."""
         self.physics, self.model = physics, physics_model(self.task.model, physics)
         self._constants = (self.model._address, *self._constants[1:-1], substeps(self.model))
-        self._settled.clear(), self._thrown.clear()  # things come to rest a little elsewhere
+        self._settled.clear()  # things come to rest a little elsewhere
+        self._thrown.clear()
 
     # ------------------------------------------------------------------ inside
 

@@ -109,9 +109,8 @@ def start_states(task: Task, official: bool, steps: int) -> dict[str, np.ndarray
     if key not in _settled:
         states = task.init_states if official else task.train_states
         found = settled(task, states, steps)
-        bad = thrown(task, states[:, 1 : 1 + task.model.nq], found["qpos"])
-        if not official and not bad.all():  # as in `LiberoVectorEnv`
-            good = np.flatnonzero(~bad)
+        if not official and len(good := np.flatnonzero(~thrown(task, states[:, 1 : 1 + task.model.nq], found["qpos"]))):
+            # as in `LiberoVectorEnv`
             found = {name: x[good[np.searchsorted(good, np.arange(len(states))) % len(good)]] for name, x in found.items()}
         _settled[key] = found
     return _settled[key]
