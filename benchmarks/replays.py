@@ -61,17 +61,15 @@ def environment(task: Task):
 
 def starts_of(task: Task, episodes: Sequence[Episode]) -> np.ndarray:
     """(n,) the training states that the episodes began in. UserError if one began elsewhere, as human demonstrations do."""
-    seen = np.array([e.states[0] for e in episodes])
-    placed = slice(1, 1 + task.model.nq)
-    starts = np.array([np.abs(task.train_states[:, placed] - s[placed]).sum(-1).argmin() for s in seen])  # things hardly move as they rest
-    env, at_rest = environment(task), []
-    for first in range(0, len(starts), NUM_ENVS):
-        begin(env, states := task.train_states[starts[first : first + NUM_ENVS]])
-        at_rest.append(env.get_state()[: len(states)])
+    env, at_rest = environment(task), {}
+    for first in range(0, len(task.train_states), NUM_ENVS):
+        begin(env, states := task.train_states[first : first + NUM_ENVS])
+        at_rest |= {state.tobytes(): first + i for i, state in enumerate(env.get_state()[: len(states)])}
     env.close()
-    if not (same := (np.concatenate(at_rest) == seen).all(-1)).all():
-        raise UserError(f"{task.id}: episode {same.argmin()} began in no training state as it is on this machine: it can't be replayed")
-    return starts
+    starts = [at_rest.get(e.states[0].tobytes(), -1) for e in episodes]
+    if -1 in starts:
+        raise UserError(f"{task.id}: episode {starts.index(-1)} began in no training state as it is on this machine: it can't be replayed")
+    return np.array(starts)
 
 
 def digest(episode: Episode) -> int:

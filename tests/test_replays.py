@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import h5py
 import numpy as np
 import pytest
@@ -42,6 +44,15 @@ def everything(path):
             found |= {f"{name}@{key}": value for key, value in file[name].attrs.items()}
         file.visititems(lambda name, item: found.update({name: item[()]} if isinstance(item, h5py.Dataset) else {}))
     return found
+
+
+def test_a_start_is_found_though_things_have_moved_more_than_starts_differ(drawer_task):
+    """As things come to rest they drop by more than two training states are apart: the nearest one may be another."""
+    env = replays.environment(drawer_task)
+    replays.begin(env, drawer_task.train_states[20 : 20 + replays.NUM_ENVS])
+    episodes = [SimpleNamespace(states=state[None]) for state in env.get_state()]
+    env.close()
+    assert replays.starts_of(drawer_task, episodes[::-1]).tolist() == list(range(20, 20 + replays.NUM_ENVS))[::-1]
 
 
 def test_what_is_unpacked_is_what_was_packed(swept, assets, tmp_path, capsys):
