@@ -296,8 +296,8 @@ def list_cells(preset: Preset, protocol: str, sources: list[str]) -> list[Cell]:
     """The rows of all tables, those that matter most first."""
     cells = [Cell("none", "none", 0)] if protocol == "transfer" else []
     cells += [Cell(s, kind, preset.episodes[-1]) for kind in ("episodes", "steps") for s in sources]
-    cells += [Cell(s, "episodes", n) for s in ("gaussian_ppo", "dlr_discover") if s in sources for n in preset.episodes[:-1]]
-    return cells + [Cell("dlr_discover", "patterns", k) for k in preset.patterns if "dlr_discover" in sources]
+    cells += [Cell("dlr_discover", "patterns", k) for k in preset.patterns if "dlr_discover" in sources]
+    return cells + [Cell(s, "episodes", n) for s in ("gaussian_ppo", "dlr_discover") if s in sources for n in preset.episodes[:-1]]
 
 
 def digest(*content) -> str:

@@ -15,10 +15,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.vla_corpora import HELD_OUT, Cell
+from common.bddl import language_of
 from common.cli import atomic_path
 from common.metrics import newcombe_interval, wilson_interval
 from common.plots import COLOURS
 from common.runs import versions, write_json
+from common.suites import find_task, task_names
 
 NAMES = {
     "none": "none",
@@ -80,6 +82,13 @@ def columns(results: Results) -> dict[str, list[str]]:
     return {name: [t for n, t in named if n == name] for name, _ in named}
 
 
+def number(task: str) -> str:
+    """suite/index of a task of a suite, which is short; others, and suites, are what they are."""
+    suite, _, name = task.partition("/")
+    names = task_names().get(suite, [])
+    return f"{suite}/{names.index(name)}" if name in names else task
+
+
 def of_tasks(results: Results, cell: Cell, tasks: Sequence[str], starts: str | None = None) -> list[Rows]:
     """A row's results on some tasks, by seed: from official starts, or from those of another kind."""
     found = []
@@ -123,7 +132,7 @@ def success_table(cells: Sequence[Cell], results: Results) -> str:
         found = {name: of_tasks(results, cell, tasks) for name, tasks in named.items()}
         texts = [percent(pooled(seeds, effects[name])) if seeds else "to do" for name, seeds in found.items()]
         lines.append([NAMES[cell.source], label(cell, results), str(len(results[cell])), *texts])
-    return markdown(["trained on", "of each task", "seeds", *named], lines)
+    return markdown(["trained on", "of each task", "seeds", *map(number, named)], lines)
 
 
 def differences_table(cells: Sequence[Cell], results: Results) -> str:
@@ -252,6 +261,7 @@ def write(path: Path, about: dict, results: Results) -> str:
     equal = {kind: [c for c in tables if c.kind in ("none", kind)] for kind in ("episodes", "steps")}
     finished = [r for seeds in results.values() for r in seeds.values()]
     effect = design_effect([of_tasks(results, c, all_tasks(results)) for c in results])
+    named = "; ".join(f"{number(name)}: {language_of(find_task(name).bddl.read_text())}" for name in columns(results) if "/" in name)
     parts = [
         f"# What a VLA learns from corpora, {about['protocol']} ({about['preset']} preset, {about['head']} head)",
         f"Success in % from the 50 official init states of each task, with 95 % intervals over trials and seeds (design effect "
@@ -264,6 +274,7 @@ def write(path: Path, about: dict, results: Results) -> str:
         *(["Fine-tuned on " + downstream(about)] if about["downstream"] else []),
         *(["Left out: " + "; ".join(about["left_out"]) + "."] if about["left_out"] else []),
         *(["Failed: " + "; ".join(f"{name}: {why}" for name, why in about["failed"].items()) + "."] if about["failed"] else []),
+        *([f"Tasks: {named}."] if named else []),
         f"## Equally many episodes\n\n{success_table(equal['episodes'], results)}",
         f"## Equally many steps\n\n{success_table(equal['steps'], results)}",
         f"## Differences\n\n{differences_table(tables, results)}",
