@@ -302,10 +302,11 @@ def test_in_domain_from_sweeps(commands, tmp_path, capsys):
     assert "| Gaussian RL - demonstrations | +40 (+31 to +48) | +40 (+31 to +48) |" in text
     assert "20 of 20 VLAs are done, in " in text and text.count("to do") == 0
     record = json.loads((tmp_path / "out" / "in-domain.json").read_text())
-    assert [(r["source"], r["kind"], r["amount"]) for r in record["rows"][-3:]] == [
-        ("dlr_discover", "episodes", 2),
+    assert [(r["source"], r["kind"], r["amount"]) for r in record["rows"][-4:]] == [
         ("dlr_discover", "patterns", 1),
         ("dlr_discover", "patterns", 2),
+        ("gaussian_ppo", "episodes", 2),
+        ("dlr_discover", "episodes", 2),
     ]
     assert record["rows"][0]["measured"]["action error, other sources"] == pytest.approx(0.2)
     assert ["dispersion in a way (cm)" in row["measured"] for row in record["rows"][:3]] == [False, False, True]
