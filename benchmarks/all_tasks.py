@@ -20,7 +20,7 @@ import tyro
 from common import plots
 from common.cli import UserError, atomic_path, run_command
 from common.runs import write_json
-from common.suites import SUITES, expand
+from common.suites import SUITES, expand, number
 from common.sweep.report import interval, suites_table, tasks_table
 
 
@@ -85,8 +85,7 @@ def verdict(runs: list[dict], tasks: list[str]) -> str:
 
 def name(task: str) -> str:
     """A task as in a table: its suite, its number there, and its name with blanks, which can be wrapped."""
-    suite, words = task.split("/")
-    return f"{suite}/{expand([suite]).index(task)} {words.replace('_', ' ')}"
+    return f"{number(task)} {task.partition('/')[2].replace('_', ' ')}"
 
 
 def write_section(page: Path, title: str, text: str) -> None:

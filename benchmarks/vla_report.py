@@ -20,7 +20,7 @@ from common.cli import atomic_path
 from common.metrics import newcombe_interval, wilson_interval
 from common.plots import COLOURS
 from common.runs import versions, write_json
-from common.suites import find_task, task_names
+from common.suites import find_task, number
 
 NAMES = {
     "none": "none",
@@ -80,13 +80,6 @@ def columns(results: Results) -> dict[str, list[str]]:
     tasks = list(dict.fromkeys(row["task"] for seeds in results.values() for r in seeds.values() for row in r["tasks"]))
     named = [(task if len(tasks) <= 10 else task.split("/")[0], task) for task in tasks]
     return {name: [t for n, t in named if n == name] for name, _ in named}
-
-
-def number(task: str) -> str:
-    """suite/index of a task of a suite, which is short; others, and suites, are what they are."""
-    suite, _, name = task.partition("/")
-    names = task_names().get(suite, [])
-    return f"{suite}/{names.index(name)}" if name in names else task
 
 
 def of_tasks(results: Results, cell: Cell, tasks: Sequence[str], starts: str | None = None) -> list[Rows]:

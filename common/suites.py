@@ -131,6 +131,13 @@ def canonical(task_id: str) -> str:
     return find_task(task_id).id if task_id.endswith(".bddl") else task_id
 
 
+def number(task_id: str) -> str:
+    """suite/index of a task of LIBERO's by its id, which is short; tasks of one's own, and suites, are what they are."""
+    suite, _, name = task_id.partition("/")
+    names = task_names().get(suite, [])
+    return f"{suite}/{names.index(name)}" if name in names else task_id
+
+
 def max_steps(suite: str) -> int:
     """The step cap of a suite's tasks; LIBERO-PRO's, such as libero_goal_swap, have that of the suite that they perturb."""
     return MAX_STEPS.get(base_suite(suite), OWN_MAX_STEPS)
