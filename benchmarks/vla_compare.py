@@ -8,8 +8,8 @@ Sources are scripted demonstrations, gaussian_ppo, diffusion_ppo and dlr_discove
 is trained on equally many episodes, or steps, of each, and by protocol
   in-domain  is evaluated on the same tasks (arXiv 2509.19752);
   transfer   is fine-tuned on demonstrations of other tasks for under 3 epochs and evaluated on these (arXiv 2511.19528).
-Gaussian RL and DLR are also trained on at several sizes, and DLR on 1 to 8 patterns at one size. `benchmarks.vla_why` measures of each VLA
-what may explain its success. Everything is a command that could be typed by hand, and is printed. What is finished is kept, what was
+Gaussian RL and DLR are also trained on at several sizes, and DLR on 1 to 8 patterns at one size; in domain also demonstrations in one way
+and in eight, each with action noise and without. `benchmarks.vla_why` measures of each VLA what may explain its success. Everything is a command that could be typed by hand, and is printed. What is finished is kept, what was
 stopped is resumed: stop it at any time and start it again, also with more --seeds or --corpora. Several machines, or sittings of which
 only the report was kept, add up: --earlier takes what is in their PROTOCOL.json, and only the rest is done.
 
@@ -32,7 +32,7 @@ from pathlib import Path
 import tyro
 
 from benchmarks import vla_corpora, vla_report
-from benchmarks.vla_corpora import DEMONSTRATED, HELD_OUT, SOURCES, Cell, Entry
+from benchmarks.vla_corpora import CONTROL, DEMONSTRATED, HELD_OUT, SOURCES, Cell, Entry
 from common.cli import UserError, lock, remove_leftovers, run_command
 from common.libero.tasks import find_human_demos
 from common.runs import plain_json
@@ -43,6 +43,7 @@ PROTOCOLS = ("in-domain", "transfer")
 COMPARED = ("preset", "protocol", "head", "tasks", "settings", "assets", "downstream")  # in a report: what its rows depend on, but seeds
 ESTIMATES = ("minutes", "samples_per_second", "trial_seconds", "measured")  # of a preset: how long it takes, and not what is done
 STEPS = 100  # of an episode, about, to tell the time beforehand
+WAYS = 8  # at most, of the scripted demonstrator
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -90,7 +91,7 @@ PRESETS = {
             "diffusion_ppo": ["--corpus-episodes", "44", "--no-videos"],
             "dlr_discover": ["--corpus-episodes", "20", "--no-videos"],
         },
-        minutes={"demonstrations": 1, "human": 0, "gaussian_ppo": 5, "diffusion_ppo": 10, "dlr_discover": 7, "pictures": 2},
+        minutes={"demonstrations": 1, CONTROL: 1, "human": 0, "gaussian_ppo": 5, "diffusion_ppo": 10, "dlr_discover": 7, "pictures": 2},
         samples_per_second=360,
         trial_seconds=0.9,
         measured="on a core of an EPYC with AVX512-BF16",
@@ -117,7 +118,7 @@ PRESETS = {
             "diffusion_ppo": ["--corpus-episodes", "54", "--no-videos"],
             "dlr_discover": ["--corpus-episodes", "54", "--no-videos"],
         },
-        minutes={"demonstrations": 1, "human": 0, "gaussian_ppo": 5, "diffusion_ppo": 10, "dlr_discover": 8, "pictures": 1},
+        minutes={"demonstrations": 1, CONTROL: 1, "human": 0, "gaussian_ppo": 5, "diffusion_ppo": 10, "dlr_discover": 8, "pictures": 1},
         samples_per_second=3000,
         trial_seconds=0.5,
         measured="on a GPU with 16 cores, assumed and not measured",
@@ -226,8 +227,9 @@ def make_corpus(args: Args, preset: Preset, source: str, task: str, swept: Path 
     path, needed = args.out.absolute() / "corpora" / source / f"{task}_demo.hdf5", preset.episodes[-1] + HELD_OUT
     if path.exists():
         return path
-    if source == "demonstrations":  # transfer leaves out some of the eight ways
-        origin = demonstrations(args, "demonstrations", task, 3 * needed, 0.1, 0)
+    if source in ("demonstrations", CONTROL):
+        episodes = max(3 * needed, WAYS * (preset.pattern_episodes + HELD_OUT))  # transfer leaves out some of the ways
+        origin = demonstrations(args, source, task, episodes, 0.0 if source == CONTROL else 0.1, 0)
     elif source == "human":
         origin = find_human_demos(find_task(task))
     elif (origin := swept) and len(vla_corpora.entries(swept)) < needed:
@@ -265,9 +267,10 @@ def choose_tasks(preset: Preset, protocol: str, corpora: dict[str, dict[str, Pat
     for task in next(iter(corpora.values())):
         found = {s: vla_corpora.pool(paths[task], s, protocol) if paths[task] else [] for s, paths in corpora.items()}
         short = [f"{s} has {len(p)} of {preset.episodes[-1]} episodes" for s, p in found.items() if len(p) < preset.episodes[-1]]
-        ways = [e.way for e in found.get("dlr_discover", [])]
-        if any(c.kind == "patterns" for c in cells) and max(map(ways.count, ways), default=0) < preset.pattern_episodes:
-            short.append(f"dlr_discover has no pattern of {preset.pattern_episodes} episodes")
+        for source in dict.fromkeys(c.source for c in cells if c.kind == "patterns"):
+            ways = [e.way for e in found[source]]
+            if max(map(ways.count, ways), default=0) < preset.pattern_episodes:
+                short.append(f"{source} has no way of {preset.pattern_episodes} episodes")
         if short:
             left_out.append(f"{task}: {', '.join(short)}")
             continue
@@ -283,7 +286,8 @@ def choose_episodes(preset: Preset, pools: dict[str, dict[str, list[Entry]]], ce
     episodes have."""
     chosen = {}
     for task in pools[cell.source]:
-        whole = [vla_corpora.choose(p[task], Cell(s, "episodes", preset.episodes[-1]), seed) for s, p in pools.items()]
+        compared = {s: p for s, p in pools.items() if s != CONTROL}
+        whole = [vla_corpora.choose(p[task], Cell(s, "episodes", preset.episodes[-1]), seed) for s, p in compared.items()]
         steps = min(sum(e.steps for e in episodes) for episodes in whole)
         chosen[task] = vla_corpora.choose(pools[cell.source][task], cell, seed, steps, preset.pattern_episodes)
     return chosen
@@ -297,7 +301,16 @@ def list_cells(preset: Preset, protocol: str, sources: list[str]) -> list[Cell]:
     cells = [Cell("none", "none", 0)] if protocol == "transfer" else []
     cells += [Cell(s, kind, preset.episodes[-1]) for kind in ("episodes", "steps") for s in sources]
     cells += [Cell("dlr_discover", "patterns", k) for k in preset.patterns if "dlr_discover" in sources]
+    if protocol == "in-domain" and "demonstrations" in sources:
+        few, many = preset.patterns[0], preset.patterns[-1]
+        cells += [Cell(s, "patterns", k) for s in ("demonstrations", CONTROL) for k in (few, many)]
+        cells += [Cell(CONTROL, "episodes", preset.episodes[-1])]
     return cells + [Cell(s, "episodes", n) for s in ("gaussian_ppo", "dlr_discover") if s in sources for n in preset.episodes[:-1]]
+
+
+def corpora_of(cells: list[Cell]) -> list[str]:
+    """The sources that rows are trained on."""
+    return list(dict.fromkeys(cell.source for cell in cells if cell.source != "none"))
 
 
 def digest(*content) -> str:
@@ -344,7 +357,7 @@ def do(args: Args, preset: Preset, work: Work) -> None:
         run = run_script("vla_pretrain", work.folder / "pretrain", ["--data", *corpora, "--filter-key", work.key, *start, *flags])
         start = ["--checkpoint", run, *shape]
         why += ["--pretrained", run, "--corpora", args.out.absolute() / "corpora", "--source", work.cell.source, "--key", work.key]
-        why += ["--sources", *args.sources, "--tasks", *work.tasks]
+        why += ["--sources", *work.sources, "--tasks", *work.tasks]
     place, runs = work.folder / work.place, []
     if args.protocol == "in-domain":
         flags = [*start, "--eval-only", "--tasks", *work.tasks, "--save-states", *preset.finetuning, *assets]
@@ -380,7 +393,7 @@ def expected(args: Args, preset: Preset, tasks: int, cells: list[Cell], new: lis
     trials = (sum(down) or tasks) * (50 + 2 * preset.starts)
     samples = trained * preset.steps * preset.batch_size + 2.5 * vlas * sum(down) * preset.downstream_episodes * STEPS
     minutes = sum(preset.minutes[s] for s in new) * tasks + sum(down) * preset.minutes["demonstrations"]
-    minutes += (len(args.sources) * tasks + sum(down)) * preset.minutes["pictures"]
+    minutes += (len(corpora_of(cells)) * tasks + sum(down)) * preset.minutes["pictures"]
     hours = {"corpora": minutes / 60, "training": samples / preset.samples_per_second / 3600}
     hours["evaluation"] = vlas * trials * preset.trial_seconds / 3600
     parts = ", ".join(f"{name} {h:.1f} h" for name, h in hours.items())
@@ -416,7 +429,8 @@ def main() -> None:
     if "human" in args.sources and (missing := [task for task in tasks if find_human_demos(find_task(task)) is None]):
         raise UserError(f"no human demonstrations of {missing[0]}; set LIBERO_DATASETS to the folder of LIBERO's, or leave human out")
     vla_corpora.check_alike([found[task] for found in swept.values() for task in tasks], preset.image_size)
-    cells, new = list_cells(preset, args.protocol, args.sources), [s for s in args.sources if s not in swept]
+    cells = list_cells(preset, args.protocol, args.sources)
+    new = [s for s in corpora_of(cells) if s not in swept]
     about = {"preset": args.preset, "protocol": args.protocol, "head": args.head, "tasks": tasks}
     about |= {"settings": {name: value for name, value in dataclasses.asdict(preset).items() if name not in ESTIMATES}}
     read_earlier(args.earlier, about, args.sources)  # errors now, and not when the corpora are there
@@ -448,9 +462,10 @@ def plan(args: Args, preset: Preset, pool: ThreadPoolExecutor, tasks, groups, sw
     for source in args.sources:
         if source not in (*swept, *DEMONSTRATED):
             swept |= vla_corpora.read_sweeps([sweep(args, preset, source, tasks)], args.sources)
-    jobs = {(s, t): pool.submit(make_corpus, args, preset, s, t, swept.get(s, {}).get(t)) for t in tasks for s in args.sources}
+    sources = corpora_of(cells)
+    jobs = {(s, t): pool.submit(make_corpus, args, preset, s, t, swept.get(s, {}).get(t)) for t in tasks for s in sources}
     down = {task: pool.submit(make_downstream, args, preset, task) for group in groups for task in group}
-    corpora = {s: {t: jobs[s, t].result() for t in tasks} for s in args.sources}
+    corpora = {s: {t: jobs[s, t].result() for t in tasks} for s in sources}
     vla_corpora.check_alike([p for paths in corpora.values() for p in paths.values() if p], preset.image_size)
     left_out += [f"{task}: too few demonstrations to fine-tune on" for task, job in down.items() if job.result() is None]
     downstream = tuple(tuple(p for task in group if (p := down[task].result())) for group in groups)
@@ -468,7 +483,8 @@ def plan(args: Args, preset: Preset, pool: ThreadPoolExecutor, tasks, groups, sw
             of = digest(recipe, [(task, [e.digest for e in episodes]) for task, episodes in chosen.items()])
             folder = args.out.absolute() / "vlas" / f"{cell.source}-seed{seed}-{of}"
             place = f"transfer-{digest(tuned)}" if groups else "in-domain"
-            todo.append(Work(cell, seed, folder, place, used, downstream, tuple(args.sources)))
+            predicted = tuple(dict.fromkeys([*args.sources, *corpora_of([cell])]))
+            todo.append(Work(cell, seed, folder, place, used, downstream, predicted))
             for task, episodes in chosen.items():
                 masks.setdefault(corpora[cell.source][task], {})[folder.name] = [e.name for e in episodes]
     for path, of in masks.items():

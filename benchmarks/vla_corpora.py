@@ -23,6 +23,7 @@ from common.sweep import report as sweep_report
 
 SOURCES = ("demonstrations", "human", "gaussian_ppo", "diffusion_ppo", "dlr_discover")
 DEMONSTRATED = ("demonstrations", "human")  # the others are RL scripts, whose corpora sweeps hold
+CONTROL = "noiseless"  # demonstrations without action noise: of no paper, to tell causes apart
 HELD_OUT = 4  # episodes of each file
 DOWNSTREAM = ("direct", "near")  # paths of the scripted demonstrator that only downstream demonstrations take; the others: only corpora
 

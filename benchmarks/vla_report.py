@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.vla_corpora import HELD_OUT, Cell
+from benchmarks.vla_corpora import CONTROL, HELD_OUT, Cell
 from common.bddl import language_of
 from common.cli import atomic_path
 from common.metrics import newcombe_interval, wilson_interval
@@ -29,9 +29,11 @@ NAMES = {
     "gaussian_ppo": "Gaussian RL",
     "diffusion_ppo": "diffusion RL",
     "dlr_discover": "DLR",
+    "noiseless": "demonstrations without noise",
 }
 PAIRS = [(s, "demonstrations") for s in ("human", "gaussian_ppo", "diffusion_ppo", "dlr_discover")]
 PAIRS += [("diffusion_ppo", "gaussian_ppo"), ("dlr_discover", "gaussian_ppo")]
+WAYS = ("dlr_discover", "demonstrations", CONTROL)  # sources of which there are rows by patterns
 MEASURES = {  # what may explain success: title and unit, and where it stands in a result (JSON has None for NaN)
     "action error, own source": lambda cell, r: r["action_error"][cell.source],
     "action error, other sources": lambda cell, r: np.mean([v for s, v in r["action_error"].items() if s != cell.source] or [np.nan]),
@@ -103,7 +105,8 @@ def label(cell: Cell, results: Results) -> str:
     """How much a row's VLA was trained on, of each task."""
     if cell.kind == "none":
         return "-"
-    wanted = {"episodes": f"{cell.amount} episodes", "steps": "equal steps", "patterns": f"{cell.amount} patterns"}[cell.kind]
+    way = ("pattern" if cell.source == "dlr_discover" else "way") + "s" * (cell.amount > 1)
+    wanted = {"episodes": f"{cell.amount} episodes", "steps": "equal steps", "patterns": f"{cell.amount} {way}"}[cell.kind]
     if not (corpora := [r["corpus"] for r in results[cell].values()]):
         return wanted
     mean = {name: np.mean([c[name] for c in corpora]) for name in ("episodes", "steps", "ways")}
@@ -136,10 +139,35 @@ def differences_table(cells: Sequence[Cell], results: Results) -> str:
         for kind in ("episodes", "steps"):
             mine = {c.source: of_tasks(results, c, all_tasks(results)) for c in cells if c.kind == kind}
             known = mine.get(a) and mine.get(b)
-            line.append("{:+.0f} ({:+.0f} to {:+.0f})".format(*100 * np.array(difference(mine[a], mine[b], effect))) if known else "to do")
+            line.append(points(mine[a], mine[b], effect) if known else "to do")
         if {a, b} <= {c.source for c in cells}:
             lines.append([f"{NAMES[a]} - {NAMES[b]}", *line])
     return markdown(["points of success", "equal episodes", "equal steps"], lines)
+
+
+def list_causes(results: Results, most: int) -> dict[str, tuple[Cell, Cell]]:
+    """Pairs of rows that differ in one thing: what it is -> with it, and without."""
+    amounts = [c.amount for c in results if c.kind == "patterns"]
+    few, many = (min(amounts, default=0), max(amounts, default=0))
+    causes = {f"{NAMES[s]}: {many} ways, not {few}": (Cell(s, "patterns", many), Cell(s, "patterns", few)) for s in WAYS}
+    for kind, k, of in (("patterns", few, f"ways: {few}"), ("patterns", many, f"ways: {many}"), ("episodes", most, f"{most} episodes")):
+        causes[f"action noise ({of})"] = Cell("demonstrations", kind, k), Cell(CONTROL, kind, k)
+    return {what: pair for what, pair in causes.items() if set(pair) <= set(results)}
+
+
+def causes_table(causes: dict[str, tuple[Cell, Cell]], results: Results) -> str:
+    effect, tasks = design_effect([of_tasks(results, c, all_tasks(results)) for c in results]), all_tasks(results)
+    lines = []
+    for what, pair in causes.items():
+        seeds = [of_tasks(results, cell, tasks) for cell in pair]
+        texts = [percent(pooled(s, effect)) if s else "to do" for s in seeds]
+        lines.append([what, *texts, points(*seeds, effect) if all(seeds) else "to do"])
+    return markdown(["cause", "with it", "without", "points of success"], lines)
+
+
+def points(a: Sequence[Rows], b: Sequence[Rows], effect: float) -> str:
+    """`difference` in points."""
+    return "{:+.0f} ({:+.0f} to {:+.0f})".format(*100 * np.array(difference(a, b, effect)))
 
 
 def all_tasks(results: Results) -> list[str]:
@@ -274,6 +302,7 @@ def write(path: Path, about: dict, results: Results) -> str:
         f"## Size\n\n{success_table(by_size(results, 'episodes'), results)}\n\n![]({path.name}.png)",
         f"## Patterns, {preset['pattern_episodes']} episodes of each task\n\nTasks with fewer patterns give all that they have.\n\n"
         f"{success_table(by_size(results, 'patterns'), results)}",
+        *([f"## One cause at a time\n\n{causes_table(causes, results)}"] if (causes := list_causes(results, most)) else []),
         "## Why\n\nAction errors are on held-out episodes; those of demonstrations hold noise that nobody can predict.\n\n"
         f"{why_table([c for c in results if c.kind != 'none'], results)}\n\n![]({path.name}-why.png)",
         f"## Perturbed starts\n\n{preset['starts']} trials of each task.\n\n{starts_table(list(results), results)}",
@@ -293,9 +322,10 @@ def write(path: Path, about: dict, results: Results) -> str:
 
 
 def by_size(results: Results, kind: str) -> list[Cell]:
-    """Rows of Gaussian RL's and DLR's, the smallest first."""
-    chosen = [c for c in results if c.kind == kind and c.source in ("gaussian_ppo", "dlr_discover")]
-    return sorted(chosen, key=lambda c: (c.source != "gaussian_ppo", c.amount))
+    """Rows of one kind, source by source, the smallest first."""
+    chosen = [c for c in results if c.kind == kind and c.source in (*WAYS, "gaussian_ppo")]
+    order = ["gaussian_ppo", *WAYS]
+    return sorted(chosen, key=lambda c: (order.index(c.source), c.amount))
 
 
 def downstream(about: dict) -> str:

@@ -21,7 +21,7 @@ import vla_finetune
 import vla_pretrain
 from benchmarks import vla_compare, vla_corpora, vla_report, vla_why
 from benchmarks.vla_compare import PRESETS, list_cells, run_script
-from benchmarks.vla_corpora import HELD_OUT, SOURCES, Cell, Entry, choose, entries, write_masks
+from benchmarks.vla_corpora import CONTROL, HELD_OUT, SOURCES, Cell, Entry, choose, entries, write_masks
 from common.cli import UserError
 from common.data import read_episodes, write_episodes
 from common.data.vla import read_corpora
@@ -207,7 +207,7 @@ def test_sweeps_are_told_apart_by_their_script(tmp_path):
 # ---------------------------------------------------------------------------------------------- the whole, without the commands
 
 TASKS = tuple(expand(["libero_90/33", "libero_90/22", "libero_90/20"]))
-SUCCESSES = {"demonstrations": 10, "gaussian_ppo": 30, "dlr_discover": 40, "none": 1}
+SUCCESSES = {"demonstrations": 10, CONTROL: 15, "gaussian_ppo": 30, "dlr_discover": 40, "none": 1}
 
 
 @pytest.fixture
@@ -286,25 +286,35 @@ def test_in_domain_from_sweeps(commands, tmp_path, capsys):
     flags = ("--corpora", str(gaussian), str(dlr), "--sources", "demonstrations", "gaussian_ppo", "dlr_discover")
     text = run(*flags)
     said = capsys.readouterr().out.splitlines()
-    # corpora: 2 x 3 of pictures and 2 of demonstrations, of 2 and 1 min; 20 x 3000 x 64 samples; 20 x 2 x 100 trials
-    wanted = "corpora 0.2 h, training 3.0 h, evaluation 1.0 h on a core of an EPYC with AVX512-BF16; about "
-    assert said[0].startswith(f"small, in-domain: 10 rows x 2 seeds = 20 VLAs on 2 tasks; {wanted}")
+    # corpora: 2 x 4 of pictures and 2 x 2 of demonstrations, of 2 and 1 min; 30 x 3000 x 64 samples; 30 x 2 x 100 trials
+    wanted = "corpora 0.3 h, training 4.4 h, evaluation 1.5 h on a core of an EPYC with AVX512-BF16; about "
+    assert said[0].startswith(f"small, in-domain: 15 rows x 2 seeds = 30 VLAs on 2 tasks; {wanted}")
     assert said[1] == f"left out: {TASKS[2]}: no corpus in the sweep of gaussian_ppo" and said[1].removeprefix("left out: ") in text
     vlas = list((tmp_path / "out" / "vlas").iterdir())  # rows of the same episodes, as all and equal steps of the shortest, share one
     assert count(done, "vla_pretrain.py") == count(done, "vla_finetune.py") == len(vlas) and not count(done, "common.sweep")
-    assert 10 <= len(vlas) < 20
+    assert 20 <= len(vlas) < 30
     assert all({"--eval-only", "--save-states"} <= set(words) for words in done if words[0] == "vla_finetune.py")
     table = text.split("## Equally many episodes")[1].split("##")[0].strip().splitlines()
     assert table[0] == "| trained on | of each task | seeds | libero_90/33 | libero_90/22 | all |"
     assert "\nTasks: libero_90/33: close the microwave; libero_90/22: close the bottom drawer of the cabinet.\n" in text
-    assert [line.split(" | ")[0] for line in table[2:]] == ["| demonstrations", "| Gaussian RL", "| DLR"]
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| demonstrations", "| Gaussian RL", "| DLR", "| demonstrations without noise"]
     assert table[4].endswith("| 80 (71 to 87) | 80 (71 to 87) | 80 (74 to 85) |")
     assert "| Gaussian RL - demonstrations | +40 (+31 to +48) | +40 (+31 to +48) |" in text
-    assert "20 of 20 VLAs are done, in " in text and text.count("to do") == 0
+    causes = text.split("## One cause at a time")[1].split("##")[0].strip().splitlines()
+    assert causes[2] == "| DLR: 2 ways, not 1 | 80 (74 to 85) | 80 (74 to 85) | +0 (-8 to +8) |"
+    assert [line.split(" | ")[0] for line in causes[3:]] == [
+        "| demonstrations: 2 ways, not 1",
+        "| demonstrations without noise: 2 ways, not 1",
+        "| action noise (ways: 1)",
+        "| action noise (ways: 2)",
+        "| action noise (4 episodes)",
+    ]
+    assert causes[5].endswith("| 20 (15 to 26) | 30 (24 to 37) | -10 (-18 to -2) |")
+    assert "30 of 30 VLAs are done, in " and text.count("to do") == 0
     record = json.loads((tmp_path / "out" / "in-domain.json").read_text())
-    assert [(r["source"], r["kind"], r["amount"]) for r in record["rows"][-4:]] == [
-        ("dlr_discover", "patterns", 1),
-        ("dlr_discover", "patterns", 2),
+    assert [(r["source"], r["kind"], r["amount"]) for r in record["rows"][-7:]] == [
+        *((source, "patterns", k) for source in ("demonstrations", CONTROL) for k in (1, 2)),
+        (CONTROL, "episodes", 4),
         ("gaussian_ppo", "episodes", 2),
         ("dlr_discover", "episodes", 2),
     ]
@@ -360,7 +370,7 @@ def test_transfer_makes_what_no_sweep_holds(commands, tmp_path):
     run("--sources", "demonstrations", "gaussian_ppo", "--corpora", str(tmp_path / "out" / "sweeps" / "gaussian_ppo"))
     # of the same episodes it is the same VLA: the Gaussian's (but for equal steps), and not the demonstrations', whose ways are others
     again = [Path(words[-1]).parent.name.split("-")[0] for words in done if words[0] == "vla_pretrain.py"]
-    assert again.count("demonstrations") >= 2 and again.count("gaussian_ppo") <= 2 and set(again) <= {"demonstrations", "gaussian_ppo"}
+    assert again.count("demonstrations") >= 2 and again.count("gaussian_ppo") <= 2 and set(again) <= {"demonstrations", CONTROL, "gaussian_ppo"}
 
 
 def test_a_small_corpus_is_made_larger_from_its_run(commands, tmp_path):
@@ -403,17 +413,19 @@ def test_finished_runs_are_kept_and_stopped_ones_resumed(tmp_path, monkeypatch):
 def test_rows_are_those_of_both_papers():
     for protocol in vla_compare.PROTOCOLS:
         cells = list_cells(PRESETS["small"], protocol, [s for s in SOURCES if s != "human"])
-        assert len(set(cells)) == len(cells) == 18 + (protocol == "transfer")
+        assert len(set(cells)) == len(cells) == (23 if protocol == "in-domain" else 19)
         sizes = {s: sorted(c.amount for c in cells if c.source == s and c.kind == "episodes") for s in SOURCES}
         assert sizes["gaussian_ppo"] == sizes["dlr_discover"] == [5, 10, 20, 40] and sizes["diffusion_ppo"] == [40]
-        assert [c.amount for c in cells if c.kind == "patterns"] == [1, 2, 4, 8]
+        assert [c.amount for c in cells if c.kind == "patterns" and c.source == "dlr_discover"] == [1, 2, 4, 8]
+        controls = [(c.source, c.amount) for c in cells if c.kind == "patterns" and c.source != "dlr_discover"]
+        assert controls == ([(s, k) for s in ("demonstrations", CONTROL) for k in (1, 8)] if protocol == "in-domain" else [])
 
 
 def test_presets_hold_tasks_out():
     for preset in PRESETS.values():
         downstream = {task for group in preset.downstream for task in expand(list(group))}
         assert downstream and not downstream & set(expand(list(preset.tasks["transfer"])))
-        assert len(expand(list(preset.tasks["in-domain"]))) >= 6 and set(preset.minutes) == {*SOURCES, "pictures"}
+        assert len(expand(list(preset.tasks["in-domain"]))) >= 6 and set(preset.minutes) == {*SOURCES, CONTROL, "pictures"}
     assert [len(expand(list(PRESETS["paper"].tasks[p]))) for p in vla_compare.PROTOCOLS] == [130, 90]
 
 
