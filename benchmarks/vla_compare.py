@@ -9,9 +9,10 @@ is trained on equally many episodes, or steps, of each, and by protocol
   in-domain  is evaluated on the same tasks (arXiv 2509.19752);
   transfer   is fine-tuned on demonstrations of other tasks for under 3 epochs and evaluated on these (arXiv 2511.19528).
 Gaussian RL and DLR are also trained on at several sizes, and DLR on 1 to 8 patterns at one size; in domain also demonstrations in one way
-and in eight, each with action noise and without. `benchmarks.vla_why` measures of each VLA what may explain its success. Everything is a command that could be typed by hand, and is printed. What is finished is kept, what was
-stopped is resumed: stop it at any time and start it again, also with more --seeds or --corpora. Several machines, or sittings of which
-only the report was kept, add up: --earlier takes what is in their PROTOCOL.json, and only the rest is done.
+and in eight, each with action noise and without. `benchmarks.vla_why` measures of each VLA what may explain its success. Everything is a
+command that could be typed by hand, and is printed. What is finished is kept, what was stopped is resumed: stop it at any time and start it
+again, also with more --seeds or --corpora. Several machines, or sittings of which only the report was kept, add up: --earlier takes what is
+in their PROTOCOL.json, and only the rest is done.
 
 Writes OUT/PROTOCOL.md and PROTOCOL.json, PROTOCOL.png (success over size and patterns) and PROTOCOL-why.png, after each VLA.
 """

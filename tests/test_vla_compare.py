@@ -326,7 +326,7 @@ def test_in_domain_from_sweeps(commands, tmp_path, capsys):
     done.clear()
     assert run(*flags) == text and not done  # nothing is done twice
     run(*flags, "--seeds", "1", "2", "3")
-    assert 5 <= count(done, "vla_pretrain.py") <= 10 and not count(done, "common.demos")
+    assert 10 <= count(done, "vla_pretrain.py") <= 15 and not count(done, "common.demos")
 
 
 def test_what_was_done_elsewhere_is_not_done_again(commands, tmp_path):
@@ -370,7 +370,8 @@ def test_transfer_makes_what_no_sweep_holds(commands, tmp_path):
     run("--sources", "demonstrations", "gaussian_ppo", "--corpora", str(tmp_path / "out" / "sweeps" / "gaussian_ppo"))
     # of the same episodes it is the same VLA: the Gaussian's (but for equal steps), and not the demonstrations', whose ways are others
     again = [Path(words[-1]).parent.name.split("-")[0] for words in done if words[0] == "vla_pretrain.py"]
-    assert again.count("demonstrations") >= 2 and again.count("gaussian_ppo") <= 2 and set(again) <= {"demonstrations", CONTROL, "gaussian_ppo"}
+    assert again.count("demonstrations") >= 2 and again.count("gaussian_ppo") <= 2
+    assert set(again) <= {"demonstrations", CONTROL, "gaussian_ppo"}
 
 
 def test_a_small_corpus_is_made_larger_from_its_run(commands, tmp_path):
