@@ -68,8 +68,8 @@ class Args(JobArgs):
     """discount: success at step T is worth gamma^(T-1), so haste that fails more often must not pay"""
     gae_lambda: Fraction = 0.95
     """lambda of generalised advantage estimation"""
-    actor_lr: Positive = 4e-5
-    """learning rate of the policy"""
+    actor_lr: Positive = 2e-5
+    """learning rate of the policy: of few successes a rollout, larger steps follow chance"""
     anneal_lr: bool = False
     """let the policy's learning rate fall linearly to 0"""
     critic_lr: Positive = 1e-3
