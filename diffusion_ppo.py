@@ -79,8 +79,8 @@ class Args(JobArgs):
     """environment steps of PPO (default: 3,600 times the mean length of demonstrations, 450,000 at least)"""
     num_steps: Count = 128
     """steps an environment takes between updates"""
-    gamma: Fraction = 0.99
-    """discount: success at step T is worth gamma^(T-1)"""
+    gamma: Fraction = 0.997
+    """discount: success at step T is worth gamma^(T-1), so haste that fails more often must not pay"""
     gae_lambda: Fraction = 0.95
     """lambda of generalised advantage estimation"""
     actor_lr: Positive = 5e-5

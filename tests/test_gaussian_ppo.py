@@ -58,16 +58,16 @@ def options(script: str) -> dict[str, tuple[str, str]]:
     return found
 
 
-ALONE = {"gamma", "actor_lr"}  # what suits a policy that may find one way, and not several
+ALONE = {"gamma"}  # what suits a policy that may find one way, and not several
 CHAIN = {"actor_lr", "clip_coef", "std_start"}  # what has another size or meaning for a chain of denoising steps
 
 
 @pytest.mark.parametrize(
     "script, other, excepted",
     [
-        ("gaussian_ppo", "dlr_discover", ALONE),
-        ("diffusion_ppo", "dlr_discover", CHAIN | {"kl_coef"}),
-        ("diffusion_ppo", "gaussian_ppo", CHAIN | ALONE),
+        ("gaussian_ppo", "dlr_discover", ALONE | {"actor_lr"}),
+        ("diffusion_ppo", "dlr_discover", CHAIN | ALONE | {"kl_coef"}),
+        ("diffusion_ppo", "gaussian_ppo", CHAIN),
     ],
 )
 def test_shared_options_are_the_same_in_every_script(script, other, excepted):
