@@ -148,7 +148,7 @@ def test_runs_with_other_flags_are_not_taken_for_those_with_the_default_ones(mon
     monkeypatch.setattr(compare.subprocess, "run", run)
     args = compare.Args(task="suite/task", run_folder=str(tmp_path), scripts=["gaussian_ppo"])
     task = SimpleNamespace(id="suite/task")
-    for k, other in enumerate(({"gamma": 0.997}, {"stop_success": 0.95}, {"physics": "another"})):
+    for k, other in enumerate(({"gamma": 0.99}, {"stop_success": 0.95}, {"physics": "another"})):
         made(f"other{k}", other)
     stopped = made("stopped", {}, finished=False)
     made("unreadable", {})
