@@ -287,8 +287,8 @@ def choose_episodes(preset: Preset, pools: dict[str, dict[str, list[Entry]]], ce
     episodes have."""
     chosen = {}
     for task in pools[cell.source]:
-        compared = {s: p for s, p in pools.items() if s != CONTROL}
-        whole = [vla_corpora.choose(p[task], Cell(s, "episodes", preset.episodes[-1]), seed) for s, p in compared.items()]
+        compared = [s for s in pools if s != CONTROL]
+        whole = [vla_corpora.choose(pools[s][task], Cell(s, "episodes", preset.episodes[-1]), seed) for s in compared]
         steps = min(sum(e.steps for e in episodes) for episodes in whole)
         chosen[task] = vla_corpora.choose(pools[cell.source][task], cell, seed, steps, preset.pattern_episodes)
     return chosen

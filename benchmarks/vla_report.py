@@ -29,11 +29,12 @@ NAMES = {
     "gaussian_ppo": "Gaussian RL",
     "diffusion_ppo": "diffusion RL",
     "dlr_discover": "DLR",
-    "noiseless": "demonstrations without noise",
+    CONTROL: "demonstrations without noise",
 }
 PAIRS = [(s, "demonstrations") for s in ("human", "gaussian_ppo", "diffusion_ppo", "dlr_discover")]
 PAIRS += [("diffusion_ppo", "gaussian_ppo"), ("dlr_discover", "gaussian_ppo")]
-WAYS = ("dlr_discover", "demonstrations", CONTROL)  # sources of which there are rows by patterns
+SIZED = ("gaussian_ppo", "dlr_discover")  # sources of which there are rows by size
+IN_WAYS = ("dlr_discover", "demonstrations", CONTROL)  # and by patterns, or ways
 MEASURES = {  # what may explain success: title and unit, and where it stands in a result (JSON has None for NaN)
     "action error, own source": lambda cell, r: r["action_error"][cell.source],
     "action error, other sources": lambda cell, r: np.mean([v for s, v in r["action_error"].items() if s != cell.source] or [np.nan]),
@@ -149,15 +150,16 @@ def list_causes(results: Results, most: int) -> dict[str, tuple[Cell, Cell]]:
     """Pairs of rows that differ in one thing: what it is -> with it, and without."""
     amounts = [c.amount for c in results if c.kind == "patterns"]
     few, many = (min(amounts, default=0), max(amounts, default=0))
-    causes = {f"{NAMES[s]}: {many} ways, not {few}": (Cell(s, "patterns", many), Cell(s, "patterns", few)) for s in WAYS}
+    causes = {f"{NAMES[s]}: {many} ways, not {few}": (Cell(s, "patterns", many), Cell(s, "patterns", few)) for s in IN_WAYS}
     for kind, k, of in (("patterns", few, f"ways: {few}"), ("patterns", many, f"ways: {many}"), ("episodes", most, f"{most} episodes")):
         causes[f"action noise ({of})"] = Cell("demonstrations", kind, k), Cell(CONTROL, kind, k)
     return {what: pair for what, pair in causes.items() if set(pair) <= set(results)}
 
 
 def causes_table(causes: dict[str, tuple[Cell, Cell]], results: Results) -> str:
-    effect, tasks = design_effect([of_tasks(results, c, all_tasks(results)) for c in results]), all_tasks(results)
-    lines = []
+    """What each cause does to success, in points."""
+    tasks, lines = all_tasks(results), []
+    effect = design_effect([of_tasks(results, c, tasks) for c in results])
     for what, pair in causes.items():
         seeds = [of_tasks(results, cell, tasks) for cell in pair]
         texts = [percent(pooled(s, effect)) if s else "to do" for s in seeds]
@@ -299,9 +301,9 @@ def write(path: Path, about: dict, results: Results) -> str:
         f"## Equally many episodes\n\n{success_table(equal['episodes'], results)}",
         f"## Equally many steps\n\n{success_table(equal['steps'], results)}",
         f"## Differences\n\n{differences_table(tables, results)}",
-        f"## Size\n\n{success_table(by_size(results, 'episodes'), results)}\n\n![]({path.name}.png)",
+        f"## Size\n\n{success_table(by_size(results, 'episodes', SIZED), results)}\n\n![]({path.name}.png)",
         f"## Patterns, {preset['pattern_episodes']} episodes of each task\n\nTasks with fewer patterns give all that they have.\n\n"
-        f"{success_table(by_size(results, 'patterns'), results)}",
+        f"{success_table(by_size(results, 'patterns', IN_WAYS), results)}",
         *([f"## One cause at a time\n\n{causes_table(causes, results)}"] if (causes := list_causes(results, most)) else []),
         "## Why\n\nAction errors are on held-out episodes; those of demonstrations hold noise that nobody can predict.\n\n"
         f"{why_table([c for c in results if c.kind != 'none'], results)}\n\n![]({path.name}-why.png)",
@@ -321,11 +323,10 @@ def write(path: Path, about: dict, results: Results) -> str:
     return text
 
 
-def by_size(results: Results, kind: str) -> list[Cell]:
+def by_size(results: Results, kind: str, sources: Sequence[str]) -> list[Cell]:
     """Rows of one kind, source by source, the smallest first."""
-    chosen = [c for c in results if c.kind == kind and c.source in (*WAYS, "gaussian_ppo")]
-    order = ["gaussian_ppo", *WAYS]
-    return sorted(chosen, key=lambda c: (order.index(c.source), c.amount))
+    chosen = [c for c in results if c.kind == kind and c.source in sources]
+    return sorted(chosen, key=lambda c: (sources.index(c.source), c.amount))
 
 
 def downstream(about: dict) -> str:
