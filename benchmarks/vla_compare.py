@@ -1,7 +1,7 @@
 """What a VLA learns from corpora of different sources: the papers' tables (arXiv 2509.19752; arXiv 2511.19528, Table 2), and why.
 
     python -m benchmarks.vla_compare --corpora runs/sweep-gaussian_ppo runs/sweep-dlr_discover     # small: a night on 2 cores
-    python -m benchmarks.vla_compare --protocol transfer --corpora runs/sweep-gaussian_ppo         # the same VLAs, fine-tuned
+    python -m benchmarks.vla_compare --protocol transfer --corpora runs/sweep-gaussian_ppo         # small: 30 tasks, half a night
     python -m benchmarks.vla_compare --preset paper                                                # all of LIBERO, for a GPU node
 
 Sources are scripted demonstrations, gaussian_ppo, diffusion_ppo and dlr_discover (and human demonstrations, where they are on disk). A VLA
@@ -50,10 +50,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    tasks: dict[str, tuple[str, ...]]  # by protocol, tasks and suites that every source has corpora of
+    tasks: tuple[str, ...]  # tasks and suites that every source has corpora of
     downstream: tuple[tuple[str, ...], ...]  # of transfer, groups of tasks and suites; a VLA is fine-tuned on each group
     episodes: tuple[int, ...]  # of each task; the last is that of the tables
-    patterns: tuple[int, ...]  # DLR's, of each task,
+    patterns: tuple[int, ...]  # DLR's, of each task (none: no such rows),
     pattern_episodes: int  # in so many episodes
     downstream_episodes: int  # demonstrations of each downstream task
     starts: int  # trials of each task from each kind of perturbed starts
@@ -69,61 +69,79 @@ class Preset:
     trial_seconds: float  # of an evaluation
     measured: str  # on what
 
+    @property
+    def needed(self) -> int:
+        """Episodes of each corpus."""
+        return self.episodes[-1] + HELD_OUT
 
+
+SMALL = Preset(
+    # bowl on the plate, bowl in the drawer, open the top drawer, turn on the stove, close the bottom drawer, close the microwave
+    tasks=tuple(f"libero_90/{i}" for i in (9, 2, 7, 20, 22, 33)),
+    downstream=(),
+    episodes=(5, 10, 20, 40),
+    patterns=(1, 2, 4, 8),
+    pattern_episodes=16,
+    downstream_episodes=20,
+    starts=25,
+    image_size=64,
+    size="tiny",
+    steps=3000,
+    batch_size=64,
+    pretraining=["--warmup", "100", "--val-fraction", "0", "--num-workers", "0"],
+    finetuning=["--val-fraction", "0", "--num-workers", "0", "--videos", "0"],
+    rl={
+        "gaussian_ppo": ["--corpus-episodes", "44", "--no-videos"],
+        "diffusion_ppo": ["--corpus-episodes", "44", "--no-videos"],
+        "dlr_discover": ["--corpus-episodes", "20", "--no-videos"],
+    },
+    minutes={"demonstrations": 1, CONTROL: 1, "human": 0, "gaussian_ppo": 5, "diffusion_ppo": 10, "dlr_discover": 7, "pictures": 2},
+    samples_per_second=360,
+    trial_seconds=0.9,
+    measured="on a core of an EPYC with AVX512-BF16",
+)
+PAPER = Preset(
+    tasks=("libero_90", "libero_spatial", "libero_object", "libero_goal", "libero_10"),
+    downstream=(),
+    episodes=(6, 12, 25, 50),
+    patterns=(1, 2, 4, 8),
+    pattern_episodes=50,
+    downstream_episodes=50,
+    starts=50,
+    image_size=128,
+    size="base",
+    steps=20_000,
+    batch_size=512,
+    pretraining=["--compile", "--val-fraction", "0", "--num-workers", "8"],
+    finetuning=["--batch-size", "128", "--val-fraction", "0", "--num-workers", "8", "--num-envs", "50", "--videos", "0"],
+    rl={
+        "gaussian_ppo": ["--corpus-episodes", "54", "--no-videos"],
+        "diffusion_ppo": ["--corpus-episodes", "54", "--no-videos"],
+        "dlr_discover": ["--corpus-episodes", "54", "--no-videos"],
+    },
+    minutes={"demonstrations": 1, CONTROL: 1, "human": 0, "gaussian_ppo": 5, "diffusion_ppo": 10, "dlr_discover": 8, "pictures": 1},
+    samples_per_second=3000,
+    trial_seconds=0.5,
+    measured="on a GPU with 16 cores, assumed and not measured",
+)
 PRESETS = {
-    "small": Preset(
-        # bowl on the plate, bowl in the drawer, open the top drawer, turn on the stove, close the bottom drawer, close the microwave
-        tasks=dict.fromkeys(PROTOCOLS, tuple(f"libero_90/{i}" for i in (9, 2, 7, 20, 22, 33))),
-        # open the middle drawer, turn on the stove, bowl on the plate, in another scene; bowl between plate and ramekin
-        downstream=(("libero_goal/0", "libero_goal/7", "libero_goal/8"), ("libero_spatial/0",)),
-        episodes=(5, 10, 20, 40),
-        patterns=(1, 2, 4, 8),
-        pattern_episodes=16,
-        downstream_episodes=20,
-        starts=25,
-        image_size=64,
-        size="tiny",
-        steps=3000,
-        batch_size=64,
-        pretraining=["--warmup", "100", "--val-fraction", "0", "--num-workers", "0"],
-        finetuning=["--val-fraction", "0", "--num-workers", "0", "--videos", "0"],
-        rl={
-            "gaussian_ppo": ["--corpus-episodes", "44", "--no-videos"],
-            "diffusion_ppo": ["--corpus-episodes", "44", "--no-videos"],
-            "dlr_discover": ["--corpus-episodes", "20", "--no-videos"],
-        },
-        minutes={"demonstrations": 1, CONTROL: 1, "human": 0, "gaussian_ppo": 5, "diffusion_ppo": 10, "dlr_discover": 7, "pictures": 2},
-        samples_per_second=360,
-        trial_seconds=0.9,
-        measured="on a core of an EPYC with AVX512-BF16",
-    ),
-    "paper": Preset(
-        tasks={
-            "in-domain": ("libero_90", "libero_spatial", "libero_object", "libero_goal", "libero_10"),
-            "transfer": ("libero_90",),
-        },
-        downstream=(("libero_spatial",), ("libero_object",), ("libero_goal",), ("libero_10",)),
-        episodes=(6, 12, 25, 50),
-        patterns=(1, 2, 4, 8),
-        pattern_episodes=50,
-        downstream_episodes=50,
-        starts=50,
-        image_size=128,
-        size="base",
-        steps=20_000,
-        batch_size=512,
-        pretraining=["--compile", "--val-fraction", "0", "--num-workers", "8"],
-        finetuning=["--batch-size", "128", "--val-fraction", "0", "--num-workers", "8", "--num-envs", "50", "--videos", "0"],
-        rl={
-            "gaussian_ppo": ["--corpus-episodes", "54", "--no-videos"],
-            "diffusion_ppo": ["--corpus-episodes", "54", "--no-videos"],
-            "dlr_discover": ["--corpus-episodes", "54", "--no-videos"],
-        },
-        minutes={"demonstrations": 1, CONTROL: 1, "human": 0, "gaussian_ppo": 5, "diffusion_ppo": 10, "dlr_discover": 8, "pictures": 1},
-        samples_per_second=3000,
-        trial_seconds=0.5,
-        measured="on a GPU with 16 cores, assumed and not measured",
-    ),
+    "small": {
+        "in-domain": SMALL,
+        "transfer": dataclasses.replace(
+            SMALL,
+            tasks=tuple(f"libero_90/{i}" for i in range(0, 90, 3)),
+            # bowl between plate and ramekin; soup into the basket; middle drawer, bowl on the plate; stove on and moka pot on it
+            downstream=(("libero_spatial/0",), ("libero_object/0",), ("libero_goal/0", "libero_goal/8"), ("libero_10/2",)),
+            episodes=(16,),  # of the 20 that a sweep's corpus has
+            patterns=(),
+        ),
+    },
+    "paper": {
+        "in-domain": PAPER,
+        "transfer": dataclasses.replace(
+            PAPER, tasks=("libero_90",), downstream=(("libero_spatial",), ("libero_object",), ("libero_goal",), ("libero_10",))
+        ),
+    },
 }
 
 
@@ -150,7 +168,7 @@ class Args:
     earlier: list[Path] = dataclasses.field(default_factory=list)
     """PROTOCOL.json of this comparison from elsewhere: the VLAs in them are not trained here again"""
     out: Path = Path("vla_compare")
-    """folder of everything: corpora, runs, tables and figures; both protocols share one"""
+    """folder of everything: corpora, runs, tables and figures; protocols may share one"""
 
 
 # ---------------------------------------------------------------------------------------------- commands
@@ -220,16 +238,22 @@ def demonstrations(args: Args, folder: str, task: str, episodes: int, noise: flo
     return where / suite / f"{name}_demo.hdf5"
 
 
+def corpora_folder(args: Args, preset: Preset) -> Path:
+    """Protocols that need equally many episodes share their corpora."""
+    return args.out.absolute() / "corpora" / str(preset.needed)
+
+
 def make_corpus(args: Args, preset: Preset, source: str, task: str, swept: Path | None) -> Path | None:
-    """OUT/corpora/SOURCE/SUITE/TASK_demo.hdf5, with pictures, the held-out episodes masked; None if the source has no corpus.
+    """OUT/corpora/EPISODES/SOURCE/SUITE/TASK_demo.hdf5, with pictures, the held-out ones masked; None if the source has no corpus.
 
     `swept`: the corpus that a sweep has of the task. If it is too small, a copy of its run goes on to a larger one.
     """
-    path, needed = args.out.absolute() / "corpora" / source / f"{task}_demo.hdf5", preset.episodes[-1] + HELD_OUT
+    path, needed = corpora_folder(args, preset) / source / f"{task}_demo.hdf5", preset.needed
     if path.exists():
         return path
     if source in ("demonstrations", CONTROL):
-        episodes = max(3 * needed, WAYS * (preset.pattern_episodes + HELD_OUT))  # transfer leaves out some of the ways
+        each_way = preset.pattern_episodes + HELD_OUT if preset.patterns else 0
+        episodes = max(3 * needed, WAYS * each_way)  # transfer leaves out some of the ways
         origin = demonstrations(args, source, task, episodes, 0.0 if source == CONTROL else 0.1, 0)
     elif source == "human":
         origin = find_human_demos(find_task(task))
@@ -350,14 +374,15 @@ class Work:
 
 def do(args: Args, preset: Preset, work: Work) -> None:
     """Train, evaluate and explain a VLA. UserError if a command failed."""
-    corpora = [args.out.absolute() / "corpora" / work.cell.source / f"{task}_demo.hdf5" for task in work.tasks]
+    folder = corpora_folder(args, preset)
+    corpora = [folder / work.cell.source / f"{task}_demo.hdf5" for task in work.tasks]
     shape, assets = ["--head", args.head, "--seed", str(work.seed)], ["--assets", args.assets] if args.assets else []
     start, why = ["--size", preset.size, *shape], ["--trials", str(preset.starts), *assets]
     if work.cell.source != "none":
         flags = ["--steps", str(preset.steps), "--batch-size", str(preset.batch_size), *preset.pretraining]
         run = run_script("vla_pretrain", work.folder / "pretrain", ["--data", *corpora, "--filter-key", work.key, *start, *flags])
         start = ["--checkpoint", run, *shape]
-        why += ["--pretrained", run, "--corpora", args.out.absolute() / "corpora", "--source", work.cell.source, "--key", work.key]
+        why += ["--pretrained", run, "--corpora", folder, "--source", work.cell.source, "--key", work.key]
         why += ["--sources", *work.sources, "--tasks", *work.tasks]
     place, runs = work.folder / work.place, []
     if args.protocol == "in-domain":
@@ -390,7 +415,7 @@ def read_earlier(paths: list[Path], about: dict, sources: list[str]) -> dict[tup
 def expected(args: Args, preset: Preset, tasks: int, cells: list[Cell], new: list[str], workers: int) -> str:
     """How long everything takes, by the preset's steps, episodes and trials."""
     vlas, trained = len(cells) * len(args.seeds), sum(c.source != "none" for c in cells) * len(args.seeds)
-    down = [len(expand(list(group))) for group in preset.downstream] if args.protocol == "transfer" else []
+    down = [len(expand(list(group))) for group in preset.downstream]
     trials = (sum(down) or tasks) * (50 + 2 * preset.starts)
     samples = trained * preset.steps * preset.batch_size + 2.5 * vlas * sum(down) * preset.downstream_episodes * STEPS
     minutes = sum(preset.minutes[s] for s in new) * tasks + sum(down) * preset.minutes["demonstrations"]
@@ -418,8 +443,8 @@ def check(args: Args) -> None:
 def main() -> None:
     args = tyro.cli(Args)
     check(args)
-    preset, transfer = PRESETS[args.preset], args.protocol == "transfer"
-    tasks, groups = expand(args.tasks or list(preset.tasks[args.protocol])), [expand(list(g)) for g in preset.downstream if transfer]
+    preset = PRESETS[args.preset][args.protocol]
+    tasks, groups = expand(args.tasks or list(preset.tasks)), [expand(list(group)) for group in preset.downstream]
     if both := set(tasks) & {task for group in groups for task in group}:
         raise UserError(f"{sorted(both)[0]} is fine-tuned on, so no corpus may hold it; leave it out of --tasks")
     swept = vla_corpora.read_sweeps(args.corpora, args.sources)

@@ -282,6 +282,8 @@ def write(path: Path, about: dict, results: Results) -> str:
     preset, most = about["settings"], about["settings"]["episodes"][-1]
     tables = [c for c in results if c.kind in ("none", "episodes", "steps") and c.amount in (0, most)]
     equal = {kind: [c for c in tables if c.kind in ("none", kind)] for kind in ("episodes", "steps")}
+    sizes, patterns = by_size(results, "episodes", SIZED), by_size(results, "patterns", IN_WAYS)
+    ways = f"## Patterns, {preset['pattern_episodes']} episodes of each task\n\nTasks with fewer patterns give all that they have.\n\n"
     finished = [r for seeds in results.values() for r in seeds.values()]
     effect = design_effect([of_tasks(results, c, all_tasks(results)) for c in results])
     named = "; ".join(f"{number(name)}: {language_of(find_task(name).bddl.read_text())}" for name in columns(results) if "/" in name)
@@ -301,9 +303,8 @@ def write(path: Path, about: dict, results: Results) -> str:
         f"## Equally many episodes\n\n{success_table(equal['episodes'], results)}",
         f"## Equally many steps\n\n{success_table(equal['steps'], results)}",
         f"## Differences\n\n{differences_table(tables, results)}",
-        f"## Size\n\n{success_table(by_size(results, 'episodes', SIZED), results)}\n\n![]({path.name}.png)",
-        f"## Patterns, {preset['pattern_episodes']} episodes of each task\n\nTasks with fewer patterns give all that they have.\n\n"
-        f"{success_table(by_size(results, 'patterns', IN_WAYS), results)}",
+        *([f"## Size\n\n{success_table(sizes, results)}\n\n![]({path.name}.png)"] if len({c.amount for c in sizes}) > 1 else []),
+        *([ways + success_table(patterns, results)] if patterns else []),
         *([f"## One cause at a time\n\n{causes_table(causes, results)}"] if (causes := list_causes(results, most)) else []),
         "## Why\n\nAction errors are on held-out episodes; those of demonstrations hold noise that nobody can predict.\n\n"
         f"{why_table([c for c in results if c.kind != 'none'], results)}\n\n![]({path.name}-why.png)",

@@ -103,7 +103,7 @@ def test_patterns_share_one_number_of_episodes():
 
 
 def test_equal_steps_are_those_of_the_shortest_source():
-    preset = dataclasses.replace(PRESETS["small"], episodes=(4, 8))
+    preset = dataclasses.replace(PRESETS["small"]["in-domain"], episodes=(4, 8))
     pools = {"gaussian_ppo": {"t": pool_of(1, 12, 50)}, "dlr_discover": {"t": pool_of(4, 12, 90)}}
     steps = {s: sum(e.steps for e in vla_compare.choose_episodes(preset, pools, Cell(s, "steps", 8), 1)["t"]) for s in pools}
     whole = {s: sum(e.steps for e in vla_compare.choose_episodes(preset, pools, Cell(s, "episodes", 8), 1)["t"]) for s in pools}
@@ -213,12 +213,9 @@ SUCCESSES = {"demonstrations": 10, CONTROL: 15, "gaussian_ppo": 30, "dlr_discove
 @pytest.fixture
 def commands(tmp_path, monkeypatch):
     """The benchmark with a small preset, where commands leave what they would, at once; a list of what they were."""
-    small = dataclasses.replace(
-        PRESETS["small"],
-        tasks=dict.fromkeys(vla_compare.PROTOCOLS, TASKS),
-        **{"episodes": (2, 4), "patterns": (1, 2), "pattern_episodes": 2, "image_size": 8, "downstream_episodes": 2},
-        downstream=(("libero_goal/5",), ("libero_spatial/0", "libero_spatial/1")),
-    )
+    changes = {"tasks": TASKS, "episodes": (2, 4), "patterns": (1, 2), "pattern_episodes": 2, "image_size": 8, "downstream_episodes": 2}
+    small = {protocol: dataclasses.replace(preset, **changes) for protocol, preset in PRESETS["small"].items()}
+    small["transfer"] = dataclasses.replace(small["transfer"], downstream=(("libero_goal/5",), ("libero_spatial/0", "libero_spatial/1")))
     monkeypatch.setitem(PRESETS, "small", small)
     done = []
 
@@ -412,27 +409,36 @@ def test_finished_runs_are_kept_and_stopped_ones_resumed(tmp_path, monkeypatch):
 
 
 def test_rows_are_those_of_both_papers():
-    for protocol in vla_compare.PROTOCOLS:
-        cells = list_cells(PRESETS["small"], protocol, [s for s in SOURCES if s != "human"])
-        assert len(set(cells)) == len(cells) == (23 if protocol == "in-domain" else 19)
+    def cells_of(preset: str, protocol: str) -> list[Cell]:
+        return list_cells(PRESETS[preset][protocol], protocol, [s for s in SOURCES if s != "human"])
+
+    for (preset, protocol), count in {("small", "in-domain"): 23, ("paper", "in-domain"): 23, ("paper", "transfer"): 19}.items():
+        cells, all_sizes = cells_of(preset, protocol), list(PRESETS[preset][protocol].episodes)
+        assert len(set(cells)) == len(cells) == count
         sizes = {s: sorted(c.amount for c in cells if c.source == s and c.kind == "episodes") for s in SOURCES}
-        assert sizes["gaussian_ppo"] == sizes["dlr_discover"] == [5, 10, 20, 40] and sizes["diffusion_ppo"] == [40]
+        assert sizes["gaussian_ppo"] == sizes["dlr_discover"] == all_sizes and sizes["diffusion_ppo"] == all_sizes[-1:]
         assert [c.amount for c in cells if c.kind == "patterns" and c.source == "dlr_discover"] == [1, 2, 4, 8]
         controls = [(c.source, c.amount) for c in cells if c.kind == "patterns" and c.source != "dlr_discover"]
         assert controls == ([(s, k) for s in ("demonstrations", CONTROL) for k in (1, 8)] if protocol == "in-domain" else [])
+    cells = cells_of("small", "transfer")  # the table of Table 2, twice
+    table = [(s, kind) for kind in ("episodes", "steps") for s in SOURCES if s != "human"]
+    assert [(c.source, c.kind) for c in cells] == [("none", "none"), *table]
 
 
 def test_presets_hold_tasks_out():
-    for preset in PRESETS.values():
-        downstream = {task for group in preset.downstream for task in expand(list(group))}
-        assert downstream and not downstream & set(expand(list(preset.tasks["transfer"])))
-        assert len(expand(list(preset.tasks["in-domain"]))) >= 6 and set(preset.minutes) == {*SOURCES, CONTROL, "pictures"}
-    assert [len(expand(list(PRESETS["paper"].tasks[p]))) for p in vla_compare.PROTOCOLS] == [130, 90]
+    for of in PRESETS.values():
+        assert tuple(of) == vla_compare.PROTOCOLS and not of["in-domain"].downstream
+        downstream = [task for group in of["transfer"].downstream for task in expand(list(group))]
+        assert not set(downstream) & set(expand(list(of["transfer"].tasks)))
+        assert {task.split("/")[0] for task in downstream} == {"libero_spatial", "libero_object", "libero_goal", "libero_10"}  # Table 2
+        assert len(expand(list(of["in-domain"].tasks))) >= 6 and len(expand(list(of["transfer"].tasks))) >= 30
+        assert all(set(preset.minutes) == {*SOURCES, CONTROL, "pictures"} for preset in of.values())
+    assert [len(expand(list(preset.tasks))) for preset in PRESETS["paper"].values()] == [130, 90]
 
 
 def test_every_flag_of_a_preset_exists():
     scripts = {"gaussian_ppo": gaussian_ppo, "diffusion_ppo": diffusion_ppo, "dlr_discover": dlr_discover}
-    for preset in PRESETS.values():
+    for preset in (preset for of in PRESETS.values() for preset in of.values()):
         assert set(preset.rl) == set(scripts)
         for script, flags in preset.rl.items():
             patterns = 8 if script == "dlr_discover" else 1
