@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from common import metrics, rollout
-from common.cli import Count, Fraction, NotNegative, Range, UserError, check_ranges
+from common.cli import Count, Fraction, NotNegative, PositiveOrInf, Range, UserError, check_ranges
 from common.data import Episode, read_attrs, read_episodes
 from common.estimator import HandState, StateEstimator, learn_to_estimate, make_estimator
 from common.libero import Task, load_task, make_env
@@ -105,10 +106,15 @@ class JobArgs:
     demo_noise: NotNegative = 0.1
     """action noise of scripted demonstrations (standard deviation, in units of the action range)"""
 
-    # Roll out
+    # Reinforce
+    train_limit: PositiveOrInf = 1.5
+    """episodes of training end, without success, after so many times the mean length of demonstrations (inf: at the task's limit, as
+    evaluation's): what has failed by then seldom succeeds, and would be most of the steps"""
     stop_success: Fraction | None = 0.97
     """stop training when the last 50 episodes of each pattern, and then half an evaluation from training starts, succeed so often (mean;
     each pattern within 5 points of it). None: train for all --total-steps, as a comparison at equal steps needs"""
+
+    # Roll out
     eval_episodes: Count = 50
     """official init states to evaluate each pattern on (at most 50)"""
     corpus_episodes: Count = 20
@@ -140,18 +146,19 @@ class Job:
             self.task = task = load_task(args.task, args.assets, made_on, args.demos)
         run.progress.say(f"task {task.id}: {task.language}; simulator {args.backend}, physics {args.physics}, learner on {args.device}")
         self.renderer, self.videos = rollout.find_renderer(args.obs, args.videos, args.corpus_images, run.progress)
-        how = observation(args) | {"backend": args.backend, "device": args.device}
-        self.train_env = make_env(task, args.num_envs, seed=args.seed, physics=args.physics, **how)
-        self.eval_env = make_env(
-            task, min(args.num_envs, EVAL_ENVS[args.backend]), seed=args.seed, **how, autoreset_mode=AutoresetMode.DISABLED
-        )
         self.demos, self.demo_source = load_demos(
             args.demos, task, args.num_demos, args.demo_noise, args.seed, run.progress, args.filter_key
         )
+        length = np.mean([e.length for e in self.demos])
+        how = observation(args) | {"backend": args.backend, "device": args.device}
+        limit = math.ceil(min(task.max_steps, args.train_limit * length))
+        self.train_env = make_env(task, args.num_envs, seed=args.seed, physics=args.physics, max_steps=limit, **how)
+        self.eval_env = make_env(
+            task, min(args.num_envs, EVAL_ENVS[args.backend]), seed=args.seed, **how, autoreset_mode=AutoresetMode.DISABLED
+        )
         if args.total_steps is None:  # config.json keeps the None: it is of the demonstrations, which a resumed run has, too
-            longest = max(450_000, round(3600 * np.mean([e.length for e in self.demos])))
-            self.args = dataclasses.replace(args, total_steps=longest)
-            run.progress.say(f"Reinforce: {longest:,} steps at most")
+            self.args = dataclasses.replace(args, total_steps=max(450_000, round(3600 * length)))
+        run.progress.say(f"Reinforce: {self.args.total_steps:,} steps at most, in episodes of {limit} at most")
 
     def begin(self) -> None:
         """Begin the run, or go on with it."""

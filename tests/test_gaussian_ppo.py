@@ -579,16 +579,20 @@ def test_killed_after_training_went_on_in_finer_physics(demos, tmp_path, drawer_
 
 
 def test_what_takes_longer_to_do_is_trained_for_longer(demos, drawer_task, tmp_path, monkeypatch):
+    """In all, and in each episode of training; evaluation keeps LIBERO's limit, 300 steps in this suite."""
     monkeypatch.setattr("common.job.load_task", lambda *_: drawer_task)
     episodes = read_episodes(demos, drawer_task)
-    for length, steps, flags in ((100, 450_000, []), (216, 777_600, []), (216, 64, ["--total-steps", "64"])):
+    cases = ((101, 450_000, 152, []), (216, 777_600, 300, []), (100, 64, 200, ["--total-steps", "64", "--train-limit", "2"]))
+    cases += ((100, 450_000, 300, ["--train-limit", "inf"]),)
+    for length, steps, limit, flags in cases:
         same_length = [dataclasses.replace(e, actions=np.zeros((length, 7), np.float32)) for e in episodes]
         monkeypatch.setattr("common.job.load_demos", lambda *_, found=same_length: (found, "made up"))
         monkeypatch.setattr(
             sys, "argv", ["gaussian_ppo.py", "--task", "libero_goal/0", "--num-envs", "1", "--run-folder", str(tmp_path), *flags]
         )
         made = Job("gaussian_ppo", gaussian_ppo.Args)
-        assert made.args.total_steps == steps and made.run.args.total_steps == (64 if flags else None)
+        assert made.args.total_steps == steps and made.run.args.total_steps == (64 if "--total-steps" in flags else None)
+        assert made.train_env.max_steps == limit and made.eval_env.max_steps == 300
 
 
 def test_what_is_more_to_do_is_shown_more_often(drawer_task, monkeypatch):
