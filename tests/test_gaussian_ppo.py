@@ -645,7 +645,7 @@ def test_missing_demonstrations(capsys, tmp_path, drawer_task, monkeypatch):
 
 def test_no_success_no_corpus(demos, tmp_path, drawer_task, monkeypatch, capsys):
     monkeypatch.setattr("common.job.load_task", lambda *_: drawer_task)
-    monkeypatch.setattr("common.job.make_env", lambda *args, **kwargs: make_env(*args, max_steps=3, **kwargs))  # nobody is so quick
+    monkeypatch.setattr("common.job.make_env", lambda *args, **how: make_env(*args, **how | {"max_steps": 3}))  # nobody is so quick
     monkeypatch.setattr("common.rollout.collect_corpus", None)  # nor tried for again
     with pytest.raises(SystemExit) as exit_:
         run_main(gaussian_ppo, *job(demos, tmp_path / "runs", "--learn-epochs", "1", "--total-steps", "64"))

@@ -289,7 +289,7 @@ FLAGS = {dlr_discover: "--num-patterns 2 --discover-steps 20", gaussian_ppo: "",
 def test_rl_scripts_take_it(script, kind, request, tmp_path, assets, monkeypatch, capsys):
     """Every stage, with episodes that are over too soon to succeed; the run records the task by what is in its file, and resumes."""
     task, demos = request.getfixturevalue(kind), request.getfixturevalue(f"{kind}_demos")
-    monkeypatch.setattr("common.job.make_env", lambda *args, **kwargs: make_env(*args, max_steps=3, **kwargs))
+    monkeypatch.setattr("common.job.make_env", lambda *args, **how: make_env(*args, **how | {"max_steps": 3}))
     flags = ["--task", OURS if kind == "own" else task.id.partition("@")[0], "--demos", demos, "--assets", assets]
     with pytest.raises(SystemExit):
         run_main(script, *flags, "--run-folder", tmp_path / "runs", *TINY.split(), *FLAGS[script].split())

@@ -430,7 +430,7 @@ def test_whole_job_in_pixels(script, demos, tmp_path, drawer_task, monkeypatch, 
         proprio = {name: x[:20] for name, x in e.proprio.items()}
         few.append(dataclasses.replace(e, states=e.states[:20], actions=e.actions[:20], proprio=proprio, final_state=e.states[20]))
     write_episodes(tmp_path / "few.hdf5", few, drawer_task, {})
-    monkeypatch.setattr("common.job.make_env", lambda *args, **kwargs: make_env(*args, max_steps=3, **kwargs))
+    monkeypatch.setattr("common.job.make_env", lambda *args, **how: make_env(*args, **how | {"max_steps": 3}))
     flags = ["--task", "libero_goal/0", "--demos", tmp_path / "few.hdf5", "--run-folder", tmp_path / "runs", *TINY.split()]
     flags += OWN[script].split()
     with pytest.raises(SystemExit):
