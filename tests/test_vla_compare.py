@@ -371,6 +371,17 @@ def test_transfer_makes_what_no_sweep_holds(commands, tmp_path):
     assert set(again) <= {"demonstrations", CONTROL, "gaussian_ppo"}
 
 
+def test_a_preset_without_sizes_and_patterns(commands, monkeypatch):
+    """As small has them for transfer: one table, twice, and fewer demonstrations, of which no way needs to have enough."""
+    run, done = commands
+    few = dataclasses.replace(PRESETS["small"]["transfer"], episodes=(4,), patterns=(), pattern_episodes=50, tasks=TASKS[:1])
+    monkeypatch.setitem(PRESETS, "small", {"transfer": few})
+    text = run("--protocol", "transfer", "--sources", "demonstrations", "gaussian_ppo", "--seeds", "1")
+    assert "## Equally many steps" in text and "## Why" in text and "## Size" not in text and "## Patterns" not in text
+    (made,) = [words for words in done if words[1] == "common.demos" and TASKS[0] in words]
+    assert made[made.index("--episodes") + 1] == str(3 * (4 + HELD_OUT))
+
+
 def test_a_small_corpus_is_made_larger_from_its_run(commands, tmp_path):
     run, done = commands
     sweep = write_sweep(tmp_path / "g", "gaussian_ppo.py", TASKS[:1], count=5)
