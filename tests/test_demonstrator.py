@@ -162,6 +162,21 @@ def test_a_drop_clears_the_walls_around_it(drawer_task):
     assert not inside_solids(model, data, others, cargo @ turn.T + origin, 0.0)
 
 
+def test_a_drop_of_several_passes_over_spots_with_nothing_below(drawer_task):
+    """Something that reaches far aside is held over nothing at some spots of the drawer, which leaves the others to choose from."""
+    p = put_down(drawer_task, "contain", "wooden_cabinet_1_top_region")
+    model, data = drawer_task.model, mujoco.MjData(drawer_task.model)
+    data.qpos[:] = drawer_task.init_states[0, 1 : 1 + model.nq]
+    (joint,) = drawer_task.sites["wooden_cabinet_1_top_region"].joints
+    data.qpos[model.jnt_qposadr[joint]] = model.jnt_range[joint][0]
+    mujoco.mj_kinematics(model, data)
+    centre, frame = data.site_xpos[p.site], data.site_xmat[p.site].reshape(3, 3)
+    cargo, hand = box((0.001, 0.001, 0.02), (0.14, 0.0, 0.0)), box((0.01, 0.01, 0.05), (0.0, 0.0, 0.09))
+    grip = hand_rotation(DIRECTIONS["left"], -UP)
+    origin, _ = find_drop(drawer_task, data, p, cargo, hand, np.eye(3), 0.0, grip, crowded=centre[:2])
+    assert slack(p, centre, frame, origin[None])[0] > 0.0
+
+
 def test_what_the_hand_has_no_room_to_put_down_falls_in(drawer_task):
     p = put_down(drawer_task, "contain", "wooden_cabinet_1_top_region")
     model, data = drawer_task.model, mujoco.MjData(drawer_task.model)

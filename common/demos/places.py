@@ -128,7 +128,8 @@ def find_drop(
             cost = np.linalg.norm(spots - aim, axis=1) + 0.06 * abs(angle) + 2.0 * np.maximum(z - touch - 0.01, 0.0)
             if crowded is not None:  # well inside, and not on top of each other
                 aside = slack(predicate, centre, frame, origins, axes=2)
-                cost += 3.0 * np.maximum(0.027 - aside, 0.0) + touch - touch[np.isfinite(touch)].min(initial=0.0)
+                lowest = touch[np.isfinite(touch)].min(initial=0.0)
+                cost += 3.0 * np.maximum(0.027 - aside, 0.0) + np.where(np.isfinite(touch), touch - lowest, np.inf)  # -inf: nothing below
             cost += 3.0 * np.maximum(0.015 - inside, 0.0) + np.where((inside > 0.003) & np.isfinite(z), 0.0, np.inf)
             k = int(np.argmin(cost))
             cost = cost + WRIST * (spin[1] @ grip[:, 0] < -0.1)
