@@ -80,12 +80,12 @@ class Args(JobArgs):
     """environment steps of PPO (default: 3,600 times the mean length of demonstrations, 450,000 at least)"""
     num_steps: Count = 128
     """steps an environment takes between updates"""
-    gamma: Fraction = 0.99
+    gamma: Fraction = 0.997
     """discount: success at step T is worth gamma^(T-1)"""
     gae_lambda: Fraction = 0.95
     """lambda of generalised advantage estimation"""
     actor_lr: Positive = 4e-5
-    """learning rate of the policy"""
+    """learning rate of the policy when Reinforce begins; it falls in proportion to the noise"""
     anneal_lr: bool = False
     """let the policy's learning rate fall linearly to 0"""
     critic_lr: Positive = 1e-3
@@ -679,9 +679,11 @@ class Reinforce(Trainer):
         """Roll out `num_steps` steps in every environment, then update. Returns what to log."""
         args, env, agent, device = self.args, self.env, self.agent, self.agent.device
         progress = self.iteration / self.num_iterations
-        self.optimizer.param_groups[0]["lr"] = args.actor_lr * (1 - progress if args.anneal_lr else 1)
         fallen = min(1.0, 1.5 * progress)  # the last third of the steps is for what the mean action can't do yet
         std = args.std_start ** (1 - fallen) * args.std_end**fallen
+        # Adam's step of the mean, of the learning rate's size, is (step / std)^2 / 2 in KL: with less noise, smaller steps
+        lr = args.actor_lr * std / args.std_start
+        self.optimizer.param_groups[0]["lr"] = lr * (1 - progress if args.anneal_lr else 1)
         with torch.no_grad():
             agent.log_std.fill_(math.log(std))
             self.reference.log_std.fill_(math.log(std))

@@ -592,6 +592,17 @@ def test_noise_falls_geometrically(learned):
         assert [p.stddev.unique().item() for p in policies_of(trainer)] == pytest.approx([expected] * 2)
 
 
+def test_a_step_moves_the_policy_as_far_with_little_noise_as_with_much(learned):
+    moved = []
+    for progress in (0.0, 0.9):  # one step of a fresh Adam: every weight moves by the learning rate
+        trainer, _ = make_trainer(learned, critic_warmup=0, update_epochs=1, num_minibatches=1, std_start=0.4, std_end=0.04)
+        trainer.iteration = int(progress * trainer.num_iterations)
+        logs = trainer.run_iteration()
+        moved.append(gaussian_kl(*policies_of(trainer)).mean().item())
+    assert logs["charts/policy_std"] == pytest.approx(0.04)
+    assert 0.5 < moved[1] / moved[0] < 2.0  # 100 at one learning rate
+
+
 def test_step_kl_ends_the_updates_of_a_rollout(learned):
     trainer, _ = make_trainer(learned, critic_warmup=0, step_kl=1e-3, update_epochs=20, actor_lr=3e-3)
     logs = trainer.run_iteration()

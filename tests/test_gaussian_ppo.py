@@ -58,15 +58,14 @@ def options(script: str) -> dict[str, tuple[str, str]]:
     return found
 
 
-ALONE = {"gamma"}  # what suits a policy that may find one way, and not several
 CHAIN = {"actor_lr", "clip_coef", "std_start"}  # what has another size or meaning for a chain of denoising steps
 
 
 @pytest.mark.parametrize(
     "script, other, excepted",
     [
-        ("gaussian_ppo", "dlr_discover", ALONE | {"actor_lr"}),
-        ("diffusion_ppo", "dlr_discover", CHAIN | ALONE | {"kl_coef"}),
+        ("gaussian_ppo", "dlr_discover", {"actor_lr"}),
+        ("diffusion_ppo", "dlr_discover", CHAIN | {"kl_coef"}),
         ("diffusion_ppo", "gaussian_ppo", CHAIN),
     ],
 )
