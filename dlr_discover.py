@@ -81,7 +81,7 @@ class Args(JobArgs):
     num_steps: Count = 128
     """steps an environment takes between updates"""
     gamma: Fraction = 0.997
-    """discount: success at step T is worth gamma^(T-1)"""
+    """discount: success at step T is worth gamma^(T-1), so haste that fails more often must not pay"""
     gae_lambda: Fraction = 0.95
     """lambda of generalised advantage estimation"""
     actor_lr: Positive = 4e-5
