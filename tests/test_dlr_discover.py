@@ -501,6 +501,7 @@ def plane_args(**changes) -> Args:
     settings = dict(hidden=32, learn_epochs=60, learn_batch=128, learn_lr=3e-3, num_steps=32, total_steps=16 * 32 * 40)
     settings |= dict(actor_lr=1e-3, critic_lr=3e-3, num_minibatches=4, std_start=0.22, std_end=0.22)
     settings |= dict(target_kl=20.0, step_kl=0.1, critic_warmup=2)
+    settings |= dict(gamma=0.99)  # at 0.997 a dozen steps leave the value function nothing to explain
     return Args(**(settings | changes))
 
 
