@@ -154,7 +154,7 @@ class Args:
     protocol: str = "in-domain"
     """in-domain (evaluated on the tasks of the corpora) or transfer (fine-tuned on others)"""
     corpora: list[Path] = dataclasses.field(default_factory=list)
-    """folders of sweeps (python -m common.sweep), one a source; a source without one is swept here"""
+    """folders of sweeps (python -m common.sweep), of a source one or more; a source without one is swept here"""
     sources: list[str] = dataclasses.field(default_factory=lambda: [s for s in SOURCES if s != "human"])
     """which of demonstrations, human, gaussian_ppo, diffusion_ppo and dlr_discover"""
     tasks: list[str] = dataclasses.field(default_factory=list)

@@ -73,21 +73,29 @@ def entries(path: Path, key: str | None = None) -> list[Entry]:
 
 
 def read_sweeps(folders: Iterable[Path], sources: Iterable[str]) -> dict[str, dict[str, Path]]:
-    """Source -> task -> the corpus that a sweep has; of several seeds the first one's. UserError for no sweep, or one of another source."""
+    """Source -> task -> the corpus that a sweep has; of several seeds the first one's.
+
+    A source may come in parts, sweeps of one script and the same flags. UserError for no sweep, one of another source or with other flags,
+    or a task that two of them have.
+    """
     found: dict[str, dict[str, Path]] = {}
+    flags: dict[str, list[str]] = {}
     for folder in folders:
         settings = sweep_report.read(folder)
         if not settings:
             raise UserError(f"{folder} is no sweep's folder: no sweep.json in it")
-        source = Path(settings["script"]).stem
+        script, source = settings["script"], Path(settings["script"]).stem
         if source not in sources or source in DEMONSTRATED:
-            raise UserError(f"{folder} is a sweep of {settings['script']}, and --sources are {' '.join(sources)}")
-        if source in found:
-            raise UserError(f"{folder} is a second sweep of {settings['script']}; give one a source")
+            raise UserError(f"{folder} is a sweep of {script}, and --sources are {' '.join(sources)}")
+        if settings["flags"] != flags.setdefault(source, settings["flags"]):
+            raise UserError(f"{folder} is a sweep of {script} with other flags than the one before it; give sweeps with the same")
         rows = sorted((row for row in settings.get("runs", []) if row["corpus"]), key=lambda row: -row["seed"])
-        found[source] = {row["task"]: folder.absolute() / row["corpus"] for row in rows}
-        if not rows:
+        corpora = {row["task"]: folder.absolute() / row["corpus"] for row in rows}
+        if not corpora:
             raise UserError(f"{folder} has no corpus yet; go on with it: python -m common.sweep --out {folder}")
+        if twice := corpora.keys() & found.setdefault(source, {}).keys():
+            raise UserError(f"{folder} is a second sweep of {script} with {min(twice)}; leave one out")
+        found[source] |= corpora
     return found
 
 

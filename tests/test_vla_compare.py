@@ -28,6 +28,7 @@ from common.data.vla import read_corpora
 from common.metrics import wilson_interval
 from common.runs import write_json
 from common.suites import expand
+from common.sweep.report import read as read_sweep
 
 # ---------------------------------------------------------------------------------------------- success and its intervals
 
@@ -192,10 +193,15 @@ def test_sweeps_are_told_apart_by_their_script(tmp_path):
     one = write_sweep(tmp_path / "one", "gaussian_ppo.py", ["libero_90/x"], count=3)
     found = vla_corpora.read_sweeps([one], SOURCES)
     assert list(found) == ["gaussian_ppo"] and found["gaussian_ppo"]["libero_90/x"].exists()
+    part = write_sweep(tmp_path / "part", "gaussian_ppo.py", ["libero_90/y"], count=3)
+    assert list(vla_corpora.read_sweeps([one, part], SOURCES)["gaussian_ppo"]) == ["libero_90/x", "libero_90/y"]
+    flags = write_sweep(tmp_path / "flags", "gaussian_ppo.py", ["libero_90/z"], count=3)
+    write_json(flags / "sweep.json", read_sweep(flags) | {"flags": ["--gamma", "0.9"]})
     empty = write_sweep(tmp_path / "empty", "dlr_discover.py", [])
     other = write_sweep(tmp_path / "other", "my_script.py", [])
     for folders, message in (
-        ([one, one], "second sweep of gaussian_ppo.py"),
+        ([one, one], "second sweep of gaussian_ppo.py with libero_90/x"),
+        ([one, flags], "gaussian_ppo.py with other flags"),
         ([empty], "has no corpus yet"),
         ([other], "is a sweep of my_script.py"),
         ([tmp_path], "no sweep.json"),
