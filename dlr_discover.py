@@ -681,7 +681,7 @@ class Reinforce(Trainer):
         progress = self.iteration / self.num_iterations
         fallen = min(1.0, 1.5 * progress)  # the last third of the steps is for what the mean action can't do yet
         std = args.std_start ** (1 - fallen) * args.std_end**fallen
-        # Adam's step of the mean, of the learning rate's size, is (step / std)^2 / 2 in KL: with less noise, smaller steps
+        # a step of the mean is (step / std)^2 / 2 in KL, and Adam's is about the learning rate: with less noise, smaller ones
         lr = args.actor_lr * std / args.std_start
         self.optimizer.param_groups[0]["lr"] = lr * (1 - progress if args.anneal_lr else 1)
         with torch.no_grad():
