@@ -88,7 +88,7 @@ def read_sweeps(folders: Iterable[Path], sources: Iterable[str]) -> dict[str, di
         if source not in sources or source in DEMONSTRATED:
             raise UserError(f"{folder} is a sweep of {script}, and --sources are {' '.join(sources)}")
         if settings["flags"] != flags.setdefault(source, settings["flags"]):
-            raise UserError(f"{folder} is a sweep of {script} with other flags than the one before it; give sweeps with the same")
+            raise UserError(f"{folder} is a sweep of {script} with other flags than another of it; give sweeps with the same")
         rows = sorted((row for row in settings.get("runs", []) if row["corpus"]), key=lambda row: -row["seed"])
         corpora = {row["task"]: folder.absolute() / row["corpus"] for row in rows}
         if not corpora:
