@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ class Args:
     """a sweep's folder, to be packed, or a file that this command wrote, to be unpacked"""
     out: Path
     """the file, or the folder, to be written"""
+    episodes: int | None = None
+    """pack at most so many of each corpus, of each of its patterns about equally many (default: all)"""
     assets: str | None = None
     """a folder, libero (its own or none) or standin (default: $LIBERO_ASSETS, else LIBERO's own, else stand-ins)"""
 
@@ -96,7 +99,17 @@ def replay(task: Task, starts: np.ndarray, actions: Sequence[np.ndarray]) -> lis
     return episodes
 
 
-def pack(folder: Path, out: Path, assets: str | None) -> None:
+def evenly(episodes: Sequence[Episode], most: int | None) -> list[Episode]:
+    """At most so many of these, in their order: of each pattern the first ones, and of each about equally many."""
+    seen: Counter[int] = Counter()
+    ranks = []  # among those of the same pattern
+    for episode in episodes:
+        ranks.append(seen[pattern := episode.attrs.get("pattern", -1)])
+        seen[pattern] += 1
+    return [episodes[i] for i in sorted(np.argsort(ranks, kind="stable")[:most])]
+
+
+def pack(folder: Path, out: Path, assets: str | None, most: int | None = None) -> None:
     settings = report.read(folder)
     rows = [row for row in settings.get("runs", []) if row["corpus"]]
     if not rows:
@@ -104,7 +117,7 @@ def pack(folder: Path, out: Path, assets: str | None) -> None:
     arrays: dict[str, np.ndarray] = {}
     for k, row in enumerate(tqdm(rows, desc="corpora")):
         task, path = load_task(row["task"], assets), folder / row["corpus"]
-        episodes = read_episodes(path, task)
+        episodes = evenly(read_episodes(path, task), most)
         actions = np.concatenate([e.actions for e in episodes])
         arrays[f"{k}/start"] = starts_of(task, episodes).astype(np.int16)
         arrays[f"{k}/length"] = np.array([e.length for e in episodes], np.int16)
@@ -155,7 +168,12 @@ def unpack(path: Path, out: Path, assets: str | None) -> None:
 
 def main() -> None:
     args = tyro.cli(Args)
-    (pack if args.source.is_dir() else unpack)(args.source, args.out, args.assets)
+    if args.episodes is not None and (args.episodes < 1 or not args.source.is_dir()):
+        raise UserError("--episodes is how many to pack: at least 1, and of a sweep's folder")
+    if args.source.is_dir():
+        pack(args.source, args.out, args.assets, args.episodes)
+    else:
+        unpack(args.source, args.out, args.assets)
 
 
 if __name__ == "__main__":

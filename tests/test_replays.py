@@ -71,6 +71,19 @@ def test_what_is_unpacked_is_what_was_packed(swept, assets, tmp_path, capsys):
     assert read_sweeps([out], ["gaussian_ppo"]) == {"gaussian_ppo": {read_sweep(swept)["runs"][0]["task"]: corpus_files(out)[0]}}
 
 
+def test_fewer_episodes_are_of_all_patterns(swept, assets, tmp_path, monkeypatch):
+    of = [SimpleNamespace(attrs={"pattern": p}) for p in (0, 0, 0, 2, 2, 1, 0)]
+    for most, kept in {1: [0], 3: [0, 3, 5], 5: [0, 1, 3, 4, 5], 6: [0, 1, 2, 3, 4, 5], 9: range(7), None: range(7)}.items():
+        assert replays.evenly(of, most) == [of[i] for i in kept], most
+    monkeypatch.setattr("sys.argv", ["replays", str(swept), "--out", str(tmp_path / "small.npz"), "--episodes", "2", "--assets", assets])
+    replays.main()
+    about, arrays = replays.read_packed(tmp_path / "small.npz")
+    assert [e["pattern"] for e in about["runs"][0]["episodes"]] == [0, 1] and len(arrays["0/length"]) == 2
+    monkeypatch.setattr("sys.argv", ["replays", str(tmp_path / "small.npz"), "--out", str(tmp_path / "again"), "--episodes", "2"])
+    with pytest.raises(UserError, match="--episodes is how many to pack"):
+        replays.main()
+
+
 def test_what_does_not_succeed_any_more_is_left_out(swept, assets, tmp_path, capsys):
     packed, out = tmp_path / "small.npz", tmp_path / "again"
     replays.pack(swept, packed, assets)
