@@ -24,7 +24,7 @@ import tyro
 from gymnasium.vector import AutoresetMode
 from tqdm import tqdm
 
-from common.cli import UserError, atomic_path, run_command
+from common.cli import Count, UserError, atomic_path, check_ranges, run_command
 from common.data import Episode, Recorder, read_attrs, read_episodes, write_episodes
 from common.data.layout import DATA_ATTRS
 from common.libero import Task, load_task, make_env
@@ -44,7 +44,7 @@ class Args:
     """a sweep's folder, to be packed, or a file that this command wrote, to be unpacked"""
     out: Path
     """the file, or the folder, to be written"""
-    episodes: int | None = None
+    episodes: Count | None = None
     """pack at most so many of each corpus, of each of its patterns about equally many (default: all)"""
     assets: str | None = None
     """a folder, libero (its own or none) or standin (default: $LIBERO_ASSETS, else LIBERO's own, else stand-ins)"""
@@ -168,10 +168,11 @@ def unpack(path: Path, out: Path, assets: str | None) -> None:
 
 def main() -> None:
     args = tyro.cli(Args)
-    if args.episodes is not None and (args.episodes < 1 or not args.source.is_dir()):
-        raise UserError("--episodes is how many to pack: at least 1, and of a sweep's folder")
+    check_ranges(args)
     if args.source.is_dir():
         pack(args.source, args.out, args.assets, args.episodes)
+    elif args.episodes is not None:
+        raise UserError(f"--episodes is how many to pack, and {args.source} is no folder")
     else:
         unpack(args.source, args.out, args.assets)
 
